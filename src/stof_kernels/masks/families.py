@@ -1,7 +1,7 @@
 """The named patterns: the four of the paper's figures and the ones beyond them.
 
-Definitions of the paper's four: STOF, PPoPP '26 (doi 10.1145/3774934.3786434), Table 2 and section 2, with band width and
-global width round(sqrt(S)). BigBird's random part follows Zaheer et al. 2020: blocks anywhere in the matrix.
+Definitions of the paper's four: STOF, PPoPP '26 (doi 10.1145/3774934.3786434), Table 2, with band width and global
+width round(sqrt(S)). BigBird's random part follows Zaheer et al. 2020: blocks anywhere in the matrix.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class Pattern(ABC):
     """A mask as a rule. Subclasses are frozen dataclasses whose fields are the rule's parameters."""
 
     family: ClassVar[str]
+    per_head: ClassVar[bool] = False
+    """Whether the rule looks at its ``b`` and ``h`` arguments; if not, one plane serves every batch entry and head."""
 
     @abstractmethod
     def bind(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
@@ -88,6 +90,11 @@ class Intersection(Pattern):
     left: Pattern
     right: Pattern
 
+    @property
+    def per_head(self) -> bool:
+        """Whether either part is."""
+        return self.left.per_head or self.right.per_head
+
     def bind(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
         """Predicate of both."""
         left, right = self.left.bind(q_len, kv_len, device), self.right.bind(q_len, kv_len, device)
@@ -115,6 +122,11 @@ class Union(Pattern):
     left: Pattern
     right: Pattern
 
+    @property
+    def per_head(self) -> bool:
+        """Whether either part is."""
+        return self.left.per_head or self.right.per_head
+
     def bind(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
         """Predicate of either."""
         left, right = self.left.bind(q_len, kv_len, device), self.right.bind(q_len, kv_len, device)
@@ -141,6 +153,11 @@ class Complement(Pattern):
     family: ClassVar[str] = "not"
     inner: Pattern
 
+    @property
+    def per_head(self) -> bool:
+        """Whether the negated pattern is."""
+        return self.inner.per_head
+
     def bind(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
         """Negated predicate."""
         inner = self.inner.bind(q_len, kv_len, device)
@@ -165,6 +182,7 @@ class Predicate(Pattern):
     """A user's own rule ``fn(b, h, q, kv) -> bool tensor``."""
 
     family: ClassVar[str] = "predicate"
+    per_head: ClassVar[bool] = True  # unknown, so every plane is asked
     fn: MaskMod
     name: str
 

@@ -1,0 +1,28 @@
+"""Planner: WHICH kernel. Pure Python on numbers; runs without a GPU and without torch."""
+
+from .config import BLOCK_WISE, ROW_WISE, KernelConfig, candidates, infeasible
+from .cost import predict_us
+from .device import CPU_COSTS, CpuCosts, DeviceSpec, cpu_spec, cuda_spec
+from .policy import POLICIES, Plan, choose, paper_score
+from .problem import CELL, AttentionProblem, MaskStats
+
+__all__ = [
+    "BLOCK_WISE",
+    "CELL",
+    "CPU_COSTS",
+    "POLICIES",
+    "ROW_WISE",
+    "AttentionProblem",
+    "CpuCosts",
+    "DeviceSpec",
+    "KernelConfig",
+    "MaskStats",
+    "Plan",
+    "candidates",
+    "choose",
+    "cpu_spec",
+    "cuda_spec",
+    "infeasible",
+    "paper_score",
+    "predict_us",
+]

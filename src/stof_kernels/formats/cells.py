@@ -1,0 +1,246 @@
+"""Building the canonical cell lists of a mask, vectorised over cells and never S x S in memory for a rule.
+
+Cells are 16 queries x 16 keys. A strip is a row of cells; each strip lists its non-empty cells in ascending key order. A full
+cell needs no more; a partial one points at 16 words of 16 bits, word r bit c for query row r and key c. This two-level form
+follows STOF's two-level storage (OuterTiles of 8 x 8 InnerTiles with bitmaps) with one difference: the outer level here is one
+row of cells and not a kernel's tile, so that any kernel's tiles can be derived from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..masks import Pattern
+
+CELL = 16
+# Positions looked at in one go: 4 Mi of them are 32 MB of int64 temporaries.
+_CHUNK_POSITIONS = 1 << 22
+_CHUNK_CELLS = 1 << 20
+
+
+@dataclass(frozen=True)
+class CellLists:
+    """Exact-size canonical lists; dtypes and meaning as in `SparseMask`, which pads and owns them."""
+
+    strip_ptr: Tensor
+    cell_col: Tensor
+    cell_slot: Tensor
+    cell_bits: Tensor
+    counts: Tensor
+
+
+def n_strips(q_len: int) -> int:
+    """Rows of cells over ``q_len`` queries."""
+    return -(-q_len // CELL)
+
+
+def n_cols(kv_len: int) -> int:
+    """Columns of cells over ``kv_len`` keys."""
+    return -(-kv_len // CELL)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Listed cells of a run of consecutive strips: how many each strip lists, and their content in list order."""
+
+    per_strip: Tensor  # int64 (strips,)
+    col: Tensor  # int32 (n,)
+    full: Tensor  # bool (n,)
+    bits: Tensor  # int16 (partial, 16)
+    kept: Tensor  # int64 scalar
+
+
+def _assemble(pieces: list[_Piece], device: torch.device) -> CellLists:
+    """Concatenate pieces that follow each other in strip order."""
+    per_strip = torch.cat([p.per_strip for p in pieces]) if pieces else torch.zeros(0, dtype=torch.int64, device=device)
+    strip_ptr = torch.zeros(per_strip.numel() + 1, dtype=torch.int64, device=device)
+    strip_ptr[1:] = per_strip.cumsum(0)
+    col = torch.cat([p.col for p in pieces]) if pieces else torch.zeros(0, dtype=torch.int32, device=device)
+    if col.numel() >= 2**31:
+        raise ValueError(f"mask: {col.numel()} non-empty 16 x 16 cells, allowed: fewer than 2**31; use fewer planes")
+    full = torch.cat([p.full for p in pieces]) if pieces else torch.zeros(0, dtype=torch.bool, device=device)
+    bits = torch.cat([p.bits for p in pieces]) if pieces else torch.zeros(0, CELL, dtype=torch.int16, device=device)
+    slot = torch.where(full, -1, (~full).cumsum(0) - 1).to(torch.int32)
+    kept = torch.stack([p.kept for p in pieces]).sum() if pieces else torch.zeros((), dtype=torch.int64, device=device)
+    sizes = torch.tensor([col.numel(), bits.shape[0]], dtype=torch.int64, device=device)
+    counts = torch.cat([sizes, kept.view(1), sizes.new_zeros(1)])
+    return CellLists(strip_ptr.to(torch.int32), col, slot, bits, counts)
+
+
+def _pack(cells: Tensor) -> Tensor:
+    """Bool (n, 16, 16) -> int16 (n, 16): bit c of word r is position (r, c)."""
+    weights = 1 << torch.arange(CELL, dtype=torch.int32, device=cells.device)
+    return (cells * weights).sum(-1, dtype=torch.int32).to(torch.int16)
+
+
+def unpack(bits: Tensor) -> Tensor:
+    """Int16 (n, 16) -> bool (n, 16, 16), the inverse of the packing."""
+    shifts = torch.arange(CELL, dtype=torch.int32, device=bits.device)
+    return ((bits.to(torch.int32)[..., None] >> shifts) & 1).bool()
+
+
+def _classify(cells: Tensor, row_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(any, full) per cell of bool (n, 16, 16); rows that are no queries (``row_valid`` False) do not spoil a full one."""
+    return cells.any(-1).any(-1), (cells.all(-1) | ~row_valid).all(-1)
+
+
+def lists_from_dense(keep: Tensor) -> CellLists:
+    """Cell lists of a dense bool (Bm, Hm, Lq, Lk) tensor, by plain torch operators on any device.
+
+    This is the specification of the builders written in C++ and CUDA.
+    """
+    batch, heads, q_len, kv_len = keep.shape
+    strips, cols = n_strips(q_len), n_cols(kv_len)
+    rows_per_piece = max(1, _CHUNK_POSITIONS // max(1, cols * CELL * CELL))
+    pieces = []
+    for plane in keep.reshape(batch * heads, q_len, kv_len):
+        for first in range(0, strips, rows_per_piece):
+            last = min(strips, first + rows_per_piece)
+            band = plane[first * CELL : last * CELL]
+            valid = torch.zeros((last - first) * CELL, dtype=torch.bool, device=keep.device)
+            valid[: band.shape[0]] = True
+            padded = torch.nn.functional.pad(band, (0, cols * CELL - kv_len, 0, valid.numel() - band.shape[0]))
+            grid = padded.view(last - first, CELL, cols, CELL).permute(0, 2, 1, 3)
+            valid = valid.view(-1, 1, CELL).expand(-1, cols, -1)
+            pieces.append(_piece_from_grid(grid, valid, band))
+    return _assemble(pieces, keep.device)
+
+
+def _piece_from_grid(grid: Tensor, valid: Tensor, band: Tensor) -> _Piece:
+    strips, cols = grid.shape[:2]
+    listed, full = (x.view(strips, cols) for x in _classify(grid.reshape(-1, CELL, CELL), valid.reshape(-1, CELL)))
+    strip, col = listed.nonzero(as_tuple=True)
+    full = full[strip, col]
+    partial = grid[strip[~full], col[~full]]
+    return _Piece(listed.sum(1), col.to(torch.int32), full, _pack(partial), band.sum())
+
+
+def lists_from_pattern(
+    pattern: Pattern, q_len: int, kv_len: int, batch: int, heads: int, device: torch.device | str
+) -> CellLists:
+    """Cell lists of a rule: its rectangle test sorts cells into empty, full and maybe; only the last are looked into."""
+    device = torch.device(device)
+    rule, bounds = pattern.bind(q_len, kv_len, device), pattern.bounds(q_len, kv_len, device)
+    planes = [(b, h) for b in range(batch) for h in range(heads)] if pattern.per_head else [(0, 0)]
+    pieces = []
+    for b, h in planes:
+        at = (torch.tensor(b, device=device), torch.tensor(h, device=device))
+        for first, last in _bands(q_len, kv_len):
+            pieces.append(_piece_from_rule(rule, bounds, at, first, last, q_len, kv_len))
+    lists = _assemble(pieces, device)
+    return lists if pattern.per_head else repeat_planes(lists, batch * heads)
+
+
+def _bands(q_len: int, kv_len: int) -> Iterator[tuple[int, int]]:
+    """Ranges of strips whose grid of cells is small enough to hold."""
+    strips, step = n_strips(q_len), max(1, _CHUNK_CELLS // max(1, n_cols(kv_len)))
+    return ((first, min(strips, first + step)) for first in range(0, strips, step))
+
+
+def _piece_from_rule(rule, bounds, at, first: int, last: int, q_len: int, kv_len: int) -> _Piece:
+    device = at[0].device
+    if kv_len == 0:
+        none = torch.zeros(0, dtype=torch.int32, device=device)
+        per_strip = torch.zeros(last - first, dtype=torch.int64, device=device)
+        return _Piece(per_strip, none, none.bool(), none.new_zeros(0, CELL, dtype=torch.int16), per_strip.sum())
+    strip = torch.arange(first, last, device=device)[:, None]
+    col = torch.arange(n_cols(kv_len), device=device)[None, :]
+    q_hi, kv_hi = (strip * CELL + CELL - 1).clamp(max=q_len - 1), (col * CELL + CELL - 1).clamp(max=kv_len - 1)
+    maybe, full = (x.expand(last - first, col.shape[1]) for x in bounds(strip * CELL, q_hi, col * CELL, kv_hi))
+    full = full & maybe & (col * CELL + CELL <= kv_len)
+    strip_of, col_of = maybe.nonzero(as_tuple=True)
+    is_full = full[strip_of, col_of]
+    open_cells = (~is_full).nonzero().flatten()
+    listed = torch.ones_like(is_full)
+    words, kept = [], [((q_hi - strip * CELL + 1) * full).sum() * CELL]
+    for part in open_cells.split(_CHUNK_POSITIONS // (CELL * CELL)):
+        cells, row_valid = _look_into(rule, at, strip_of[part] + first, col_of[part], q_len, kv_len)
+        any_kept, all_kept = _classify(cells, row_valid)
+        listed[part], is_full[part] = any_kept, all_kept
+        words.append(_pack(cells[any_kept & ~all_kept]))
+        kept.append(cells.sum())
+    per_strip = torch.zeros(last - first, dtype=torch.int64, device=device)
+    per_strip.index_add_(0, strip_of, listed.to(torch.int64))
+    bits = torch.cat(words) if words else torch.zeros(0, CELL, dtype=torch.int16, device=device)
+    return _Piece(per_strip, col_of[listed].to(torch.int32), is_full[listed], bits, torch.stack(kept).sum())
+
+
+def _look_into(rule, at, strip: Tensor, col: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
+    """Every position of the given cells: bool (n, 16, 16) kept, and bool (n, 16) which rows are queries at all."""
+    inner = torch.arange(CELL, device=strip.device)
+    q, kv = strip[:, None, None] * CELL + inner[:, None], col[:, None, None] * CELL + inner
+    # Positions past the end are asked for the last one instead, so that a rule's tables are never read out of bounds.
+    kept = rule(at[0], at[1], q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+        got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+        raise TypeError(f"mask predicate: returned {got}, allowed: a bool tensor that broadcasts with q and kv")
+    row_valid = (q < q_len).squeeze(-1)
+    return kept.expand(strip.numel(), CELL, CELL) & (q < q_len) & (kv < kv_len), row_valid
+
+
+def repeat_planes(lists: CellLists, planes: int) -> CellLists:
+    """The lists of one plane, listed ``planes`` times; the bit words stay single and are shared."""
+    if planes == 1:
+        return lists
+    n = lists.cell_col.numel()
+    if n * planes >= 2**31:
+        raise ValueError(f"mask: {n * planes} non-empty 16 x 16 cells, allowed: fewer than 2**31; use batch=1, heads=1")
+    starts = torch.arange(planes, device=lists.strip_ptr.device, dtype=torch.int32) * n
+    ptr = torch.cat([(lists.strip_ptr[:-1] + starts[:, None]).flatten(), starts.new_full((1,), n * planes)])
+    counts = lists.counts * torch.tensor([planes, 1, planes, 1], device=lists.counts.device)
+    return CellLists(ptr, lists.cell_col.repeat(planes), lists.cell_slot.repeat(planes), lists.cell_bits, counts)
+
+
+def lists_from_blocks(keep_blocks: Tensor, block: int, q_len: int, kv_len: int) -> CellLists:
+    """Cell lists of bool (Bm, Hm, ceil(Lq/block), ceil(Lk/block)) whole blocks; ``block`` is a multiple of 16.
+
+    Work and memory are those of the listed cells, not of the matrix.
+    """
+    device, ratio, cols = keep_blocks.device, block // CELL, n_cols(kv_len)
+    table = keep_blocks.flatten(0, 1)
+    planes, block_rows, _ = table.shape
+    plane, row, kb = table.nonzero(as_tuple=True)
+    block_row = plane * block_rows + row
+    # Cells of each kept block along the keys; the last block may be cut by the end of the keys.
+    width = (cols - kb * ratio).clamp(max=ratio)
+    expanded = kb.repeat_interleave(width) * ratio + _ramp(width)
+    row_cells = torch.zeros(planes * block_rows, dtype=torch.int64, device=device).index_add_(0, block_row, width)
+    row_start = row_cells.cumsum(0) - row_cells
+    strip = torch.arange(n_strips(q_len), device=device)
+    source = (torch.arange(planes, device=device)[:, None] * block_rows + strip // ratio).flatten()
+    per_strip = row_cells[source]
+    col = expanded[row_start[source].repeat_interleave(per_strip) + _ramp(per_strip)]
+    rows_in = (q_len - strip * CELL).clamp(max=CELL).repeat(planes).repeat_interleave(per_strip)
+    ragged = kv_len % CELL
+    full = (col < cols - 1) | (ragged == 0) if ragged else torch.ones_like(col, dtype=torch.bool)
+    word = (1 << ragged) - 1
+    inner = torch.arange(CELL, device=device)
+    bits = torch.where(inner < rows_in[~full][:, None], word, 0).to(torch.int16)
+    kept = (rows_in * torch.where(full, CELL, ragged)).sum()
+    return _assemble([_Piece(per_strip, col.to(torch.int32), full, bits, kept)], device)
+
+
+def _ramp(lengths: Tensor) -> Tensor:
+    """0, 1, .., n-1 for each n of ``lengths``, one after the other."""
+    starts = lengths.cumsum(0) - lengths
+    total = int(lengths.sum())
+    return torch.arange(total, device=lengths.device) - starts.repeat_interleave(lengths)
+
+
+def dense_from_lists(lists: CellLists, q_len: int, kv_len: int, batch: int, heads: int) -> Tensor:
+    """Bool (batch, heads, q_len, kv_len) on the lists' device, the inverse of the builders."""
+    strips, cols = n_strips(q_len), n_cols(kv_len)
+    per_strip = lists.strip_ptr.diff().to(torch.int64)
+    n = int(lists.strip_ptr[-1]) if lists.strip_ptr.numel() else 0
+    strip = torch.arange(per_strip.numel(), device=per_strip.device).repeat_interleave(per_strip)
+    grid = torch.zeros(per_strip.numel(), cols, CELL, CELL, dtype=torch.bool, device=per_strip.device)
+    col, slot = lists.cell_col[:n].to(torch.int64), lists.cell_slot[:n]
+    partial = slot >= 0
+    grid[strip[~partial], col[~partial]] = True
+    grid[strip[partial], col[partial]] = unpack(lists.cell_bits[slot[partial].to(torch.int64)])
+    dense = grid.view(batch, heads, strips, cols, CELL, CELL).transpose(3, 4)
+    return dense.reshape(batch, heads, strips * CELL, cols * CELL)[:, :, :q_len, :kv_len].contiguous()

@@ -1,0 +1,361 @@
+"""`SparseMask`: a mask of any shape as lists of its non-empty cells, built once and used by every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import raw
+from ..masks import MaskMod, Pattern, predicate
+from ..planner import AttentionProblem, MaskStats, Plan, choose
+from . import cells
+from .cells import CellLists
+from .device import device_spec
+
+_TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts", "plan")
+_UNPLANNED = -1
+
+
+@dataclass(eq=False, repr=False)
+class SparseMask:
+    """Which keys each query attends to, for ``batch * heads`` planes of ``q_len`` x ``kv_len`` positions.
+
+    Build one with `from_pattern`, `from_dense` or `from_blocks`. ``batch`` and ``heads`` are 1 where the mask is shared, at no
+    cost, or the full size. The tensors are the canonical content that every kernel's layout is derived from:
+
+    - ``strip_ptr`` int32 (planes * strips + 1): where each strip of 16 queries starts in the lists;
+    - ``cell_col`` int32 (capacity): key-cell index of each non-empty 16 x 16 cell, ascending inside a strip;
+    - ``cell_slot`` int32 (capacity): -1 for a full cell, else its row of ``cell_bits``;
+    - ``cell_bits`` int16 (bit capacity, 16): word r, bit c: query row r of the strip attends key c of the cell;
+    - ``counts`` int64 (4): listed cells, bit rows in use, kept positions over all planes, overflow (0 or 1);
+    - ``plan`` int64 (4) on the CPU: the launch plan `prepare` chose, or -1s.
+
+    Capacities are rounded up to powers of two, so that masks of one shape class have the same tensor shapes and a new mask does
+    not recompile a compiled model.
+    """
+
+    strip_ptr: Tensor
+    cell_col: Tensor
+    cell_slot: Tensor
+    cell_bits: Tensor
+    counts: Tensor
+    plan: Tensor
+    q_len: int
+    kv_len: int
+    batch: int = 1
+    heads: int = 1
+    fixed: bool = False
+    name: str = "mask"
+    _cache: dict = field(default_factory=dict, init=False)
+
+    # ---- constructors ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pattern(
+        cls,
+        pattern: Pattern | MaskMod,
+        q_len: int,
+        kv_len: int,
+        batch: int = 1,
+        heads: int = 1,
+        device: torch.device | str = "cpu",
+        capacity: int | str | None = None,
+    ) -> SparseMask:
+        """Mask of a rule: a `stof_kernels.masks` pattern or any callable ``(b, h, q, kv) -> bool`` (a FlexAttention mask_mod).
+
+        The S x S matrix is never formed. ``capacity`` as in `from_dense`. Raises ValueError for negative lengths or sizes below
+        1, TypeError for a rule that is neither a pattern nor a callable or that does not return bools.
+        """
+        rule = pattern if isinstance(pattern, Pattern) else predicate(pattern)
+        _check_sizes("from_pattern", q_len, kv_len, batch, heads)
+        lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, device)
+        return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, str(rule))
+
+    @classmethod
+    def from_dense(
+        cls,
+        keep: Tensor,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        capacity: int | str | None = None,
+    ) -> SparseMask:
+        """Mask of a bool tensor broadcastable to (B, H, Lq, Lk), True = attend (torch semantics), on its device.
+
+        Dimensions that are missing, of size 1 or expanded (stride 0) are shared by all batch entries or heads. ``q_len`` and
+        ``kv_len`` say how far a last dimension of size 1 reaches; without them it is taken as it is. ``capacity``: None sizes
+        the lists to this mask (on a GPU one small read-back); a number of 16 x 16 cells, or "max", fixes the buffers so that
+        `update_` can put any mask into them that fits. Raises TypeError if not bool, ValueError for more than 4 dimensions or
+        lengths that do not fit.
+        """
+        keep = _four_dims(keep, q_len, kv_len)
+        batch, heads, q_len, kv_len = keep.shape
+        lists = raw.build_cells(keep)
+        return cls._from_lists(CellLists(*lists), q_len, kv_len, batch, heads, capacity, "dense")
+
+    @classmethod
+    def from_blocks(
+        cls, keep_blocks: Tensor, block: int, q_len: int, kv_len: int, capacity: int | str | None = None
+    ) -> SparseMask:
+        """Mask of whole blocks: bool broadcastable to (B, H, ceil(Lq/block), ceil(Lk/block)), True = attend.
+
+        Work and memory are those of the kept blocks where ``block`` is a multiple of 16. Raises TypeError if not bool,
+        ValueError for a block below 1 or a table of the wrong size.
+        """
+        _check_sizes("from_blocks", q_len, kv_len, 1, 1)
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"from_blocks: block is {block!r}, allowed: an integer >= 1")
+        rows, cols = -(-q_len // block), -(-kv_len // block)
+        table = _four_dims(keep_blocks, rows, cols, what="keep_blocks")
+        batch, heads = table.shape[:2]
+        if block % cells.CELL == 0:
+            lists = cells.lists_from_blocks(table, block, q_len, kv_len)
+        else:
+            rule = predicate(lambda b, h, q, kv: table[b, h, q // block, kv // block], name="blocks")
+            lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, table.device)
+        return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, f"blocks(block={block})")
+
+    @classmethod
+    def _from_lists(
+        cls, lists: CellLists, q_len: int, kv_len: int, batch: int, heads: int, capacity: int | str | None, name: str
+    ) -> SparseMask:
+        fixed = capacity is not None
+        n_cells, n_bits = _capacity(capacity, lists, batch * heads * cells.n_strips(q_len) * cells.n_cols(kv_len))
+        device = lists.counts.device
+        mask = cls(
+            strip_ptr=torch.zeros(batch * heads * cells.n_strips(q_len) + 1, dtype=torch.int32, device=device),
+            cell_col=torch.zeros(n_cells, dtype=torch.int32, device=device),
+            cell_slot=torch.full((n_cells,), -1, dtype=torch.int32, device=device),
+            cell_bits=torch.zeros(n_bits, cells.CELL, dtype=torch.int16, device=device),
+            counts=torch.zeros(4, dtype=torch.int64, device=device),
+            plan=torch.full((4,), _UNPLANNED, dtype=torch.int64),
+            q_len=q_len,
+            kv_len=kv_len,
+            batch=batch,
+            heads=heads,
+            fixed=fixed,
+            name=name,
+        )
+        mask._fill(lists)
+        return mask
+
+    # ---- content -----------------------------------------------------------------------------------------------------
+
+    def update_(self, keep: Tensor) -> SparseMask:
+        """Put another dense mask into the same buffers; a captured graph or compiled model then replays with it.
+
+        ``keep``: bool, broadcastable to (batch, heads, q_len, kv_len). With fixed capacity an oversized mask makes the output
+        NaN and `check` says why; otherwise it raises ValueError and the old mask stays.
+        """
+        table = _four_dims(keep, self.q_len, self.kv_len)
+        if table.device != self.device:
+            raise ValueError(f"update_: keep is on {table.device}, allowed: the mask's device {self.device}")
+        if table.shape[0] not in (1, self.batch) or table.shape[1] not in (1, self.heads):
+            allowed = (self.batch, self.heads, self.q_len, self.kv_len)
+            raise ValueError(f"update_: keep has shape {tuple(keep.shape)}, allowed: broadcastable to {allowed}")
+        lists = CellLists(*raw.build_cells(table.expand(self.batch, self.heads, -1, -1)))
+        fits = lists.cell_col.numel() <= self.capacity and lists.cell_bits.shape[0] <= self.cell_bits.shape[0]
+        if not fits and not self.fixed:
+            raise ValueError(
+                f"update_: the mask needs {lists.cell_col.numel()} cells ({lists.cell_bits.shape[0]} partial), the buffers "
+                f"hold {self.capacity} ({self.cell_bits.shape[0]} partial); build with capacity= to leave room"
+            )
+        self._fill(lists)
+        self.name = "dense"
+        return self
+
+    def _fill(self, lists: CellLists) -> None:
+        """Copy exact-size lists into the buffers; what does not fit only raises the overflow flag."""
+        self._cache.clear()
+        n, n_bits = lists.cell_col.numel(), lists.cell_bits.shape[0]
+        self.counts.copy_(lists.counts)
+        if n > self.capacity or n_bits > self.cell_bits.shape[0]:
+            self.counts[3] = 1
+            self.strip_ptr.zero_()
+            return
+        self.strip_ptr.copy_(lists.strip_ptr)
+        self.cell_col[:n].copy_(lists.cell_col)
+        self.cell_slot[:n].copy_(lists.cell_slot)
+        self.cell_bits[:n_bits].copy_(lists.cell_bits)
+
+    def to_dense(self) -> Tensor:
+        """Bool (batch, heads, q_len, kv_len) on the mask's device, True = attend."""
+        self.check()
+        return cells.dense_from_lists(self.lists, self.q_len, self.kv_len, self.batch, self.heads)
+
+    def check(self) -> SparseMask:
+        """Raise ValueError if the mask overflowed its fixed capacity or its lists are damaged; returns the mask."""
+        listed, bit_rows, _, overflow = self.counts.tolist()
+        if overflow:
+            raise ValueError(
+                f"mask {self.name}: {listed} non-empty cells ({bit_rows} partial) do not fit the fixed capacity of "
+                f"{self.capacity} cells; results computed with it are NaN; build with a larger capacity="
+            )
+        problem = _damage(self, listed, bit_rows)
+        if problem:
+            raise ValueError(f"mask {self.name}: {problem}")
+        return self
+
+    # ---- properties --------------------------------------------------------------------------------------------------
+
+    @property
+    def lists(self) -> CellLists:
+        """The five list tensors, padded to capacity."""
+        return CellLists(self.strip_ptr, self.cell_col, self.cell_slot, self.cell_bits, self.counts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists live."""
+        return self.counts.device
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, q_len, kv_len)."""
+        return self.batch, self.heads, self.q_len, self.kv_len
+
+    @property
+    def capacity(self) -> int:
+        """How many non-empty 16 x 16 cells the buffers hold."""
+        return self.cell_col.numel()
+
+    @property
+    def stats(self) -> MaskStats:
+        """What the planner needs to know of the mask: read back once, then cached until the next `update_`.
+
+        With fixed capacity the content may change without the host's knowledge, so the stats are those of full buffers.
+        """
+        if "stats" not in self._cache:
+            strips, cols = self.batch * self.heads * cells.n_strips(self.q_len), cells.n_cols(self.kv_len)
+            if self.fixed:
+                n = min(self.capacity, strips * cols)
+                self._cache["stats"] = MaskStats(n, n, n * cells.CELL**2, strips, cols, self.batch * self.heads)
+            else:
+                listed, _, kept, _ = self.counts.tolist()
+                partial = int((self.cell_slot[:listed] >= 0).sum())
+                self._cache["stats"] = MaskStats(listed, partial, kept, strips, cols, self.batch * self.heads)
+        return self._cache["stats"]
+
+    @property
+    def kept(self) -> float:
+        """Share of kept (query, key) positions over all planes, from 0 to 1; reads one number back from the device."""
+        positions = self.batch * self.heads * self.q_len * self.kv_len
+        return int(self.counts[2]) / positions if positions else 0.0
+
+    def prepare(self, q: Tensor, k: Tensor) -> SparseMask:
+        """Plan for these tensors now and keep the plan for compiled calls, which cannot plan; returns the mask.
+
+        Eager calls plan by themselves at the first use with each problem.
+        """
+        self.plan.copy_(self.plan_words(q, k))
+        return self
+
+    def plan_for(self, q: Tensor, k: Tensor, policy: str = "cost") -> Plan:
+        """The planner's choice for q (B, Hq, Lq, D) and k (B, Hkv, Lk, D), made once per problem and kept until `update_`."""
+        key = (policy, q.shape, k.shape, q.dtype, torch.get_num_threads())
+        if key not in self._cache:
+            problem = AttentionProblem(
+                q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], str(q.dtype)[6:], self.stats
+            )
+            self._cache[key] = choose(problem, device_spec(self.device), policy)
+        return self._cache[key]
+
+    def plan_words(self, q: Tensor, k: Tensor) -> Tensor:
+        """The same choice as the registered operator takes it, int64 (4,) on the CPU."""
+        key = ("words", q.shape, k.shape, q.dtype, torch.get_num_threads())
+        if key not in self._cache:
+            self._cache[key] = torch.tensor(self.plan_for(q, k).config.words, dtype=torch.int64)
+        return self._cache[key]
+
+    def to(self, device: torch.device | str) -> SparseMask:
+        """The same mask on another device (itself if it is there already); plans are made anew."""
+        device = torch.device(device)
+        if device == self.device or (device.index is None and device.type == self.device.type):
+            return self
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS if name != "plan"}
+        return replace(self, **moved, plan=torch.full_like(self.plan, _UNPLANNED))
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(n) for n in self.shape)
+        return f"SparseMask({self.name}, {shape}, {self.capacity} cells{' fixed' if self.fixed else ''}, {self.device})"
+
+
+def _four_dims(keep: Tensor, q_len: int | None, kv_len: int | None, what: str = "keep") -> Tensor:
+    """``keep`` as a 4-D bool view whose shared batch and head dimensions have size 1 and whose last two are full."""
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"{what}: got {type(keep).__name__}, allowed: a bool tensor")
+    if keep.dtype != torch.bool:
+        raise TypeError(f"{what}: dtype {keep.dtype}, allowed: torch.bool (True = attend)")
+    if not 1 <= keep.dim() <= 4:
+        raise ValueError(f"{what}: {keep.dim()} dimensions, allowed: 1 to 4, broadcastable to (B, H, Lq, Lk)")
+    given = tuple(keep.shape)
+    keep = keep[(None,) * (4 - keep.dim())]
+    for dim in (0, 1):
+        if keep.shape[dim] == 0:
+            raise ValueError(f"{what}: shape {given} has no planes, allowed: batch and head sizes >= 1")
+        if keep.stride(dim) == 0:
+            keep = keep.narrow(dim, 0, 1)
+    for dim, length in ((2, q_len), (3, kv_len)):
+        if length is not None and keep.shape[dim] not in (1, length):
+            raise ValueError(f"{what}: shape {given}, allowed: the last two dimensions 1 or ({q_len}, {kv_len})")
+    return keep.expand(-1, -1, keep.shape[2] if q_len is None else q_len, keep.shape[3] if kv_len is None else kv_len)
+
+
+def _check_sizes(where: str, q_len: int, kv_len: int, batch: int, heads: int) -> None:
+    for name, value, low in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("batch", batch, 1), ("heads", heads, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{where}: {name} is {value!r}, allowed: an integer >= {low}")
+        if value < low:
+            raise ValueError(f"{where}: {name} is {value}, allowed: an integer >= {low}")
+
+
+def _shape_class(n: int) -> int:
+    """The next power of two from 64 on."""
+    return 1 << max(6, (n - 1).bit_length())
+
+
+def _capacity(capacity: int | str | None, lists: CellLists, most: int) -> tuple[int, int]:
+    """Sizes of the cell and bit buffers; ``most`` is the number of all cells."""
+    if capacity is None:
+        return _shape_class(lists.cell_col.numel()), _shape_class(lists.cell_bits.shape[0])
+    if capacity == "max":
+        n = max(1, most)
+    elif isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1:
+        n = min(capacity, max(1, most))
+    else:
+        raise ValueError(f'capacity is {capacity!r}, allowed: None, "max" or a number of 16 x 16 cells >= 1')
+    return n, n
+
+
+def _damage(mask: SparseMask, listed: int, bit_rows: int) -> str | None:
+    """What is wrong with the lists, or None."""
+    ptr = mask.strip_ptr
+    if int(ptr[0]) != 0 or int(ptr[-1]) != listed or bool((ptr.diff() < 0).any()):
+        return f"strip_ptr does not rise from 0 to the {listed} listed cells"
+    col, slot = mask.cell_col[:listed], mask.cell_slot[:listed]
+    if listed and (int(col.min()) < 0 or int(col.max()) >= cells.n_cols(mask.kv_len)):
+        return f"cell_col leaves 0..{cells.n_cols(mask.kv_len) - 1}"
+    first = torch.zeros(listed + 1, dtype=torch.bool, device=col.device)
+    first[ptr.to(torch.int64)] = True
+    if bool(((col.diff() <= 0) & ~first[1:listed]).any()):
+        return "cell_col does not ascend inside a strip"
+    if listed and (int(slot.min()) < -1 or int(slot.max()) >= bit_rows):
+        return f"cell_slot leaves -1..{bit_rows - 1}"
+    return None
+
+
+def _flatten(mask: SparseMask) -> tuple[list[Tensor], tuple]:
+    static = tuple((f.name, getattr(mask, f.name)) for f in fields(mask) if f.init and f.name not in _TENSORS)
+    return [getattr(mask, name) for name in _TENSORS], static
+
+
+def _unflatten(tensors: list[Tensor], static: tuple) -> SparseMask:
+    return SparseMask(*tensors, **dict(static))
+
+
+def _register_pytree(register: Callable) -> None:
+    register(SparseMask, _flatten, _unflatten, serialized_type_name="stof_kernels.SparseMask")
+
+
+_register_pytree(torch.utils._pytree.register_pytree_node)

@@ -1,0 +1,52 @@
+"""What the planner chooses between: kernels and their tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .device import DeviceSpec
+from .problem import AttentionProblem
+
+ROW_WISE, BLOCK_WISE = "row_wise", "block_wise"
+_CODES = {ROW_WISE: 0, BLOCK_WISE: 1}
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One way to run attention: a kernel, its query tile and how many keys it takes at a time."""
+
+    kernel: str
+    q_tile: int
+    kv_chunk: int
+
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        """The launch plan as the registered operator takes it."""
+        return _CODES[self.kernel], self.q_tile, self.kv_chunk, 0
+
+    def __str__(self) -> str:
+        if self.kernel == ROW_WISE:
+            return ROW_WISE
+        return f"{self.kernel}(q_tile={self.q_tile}, kv_chunk={self.kv_chunk})"
+
+
+_CPU_CANDIDATES = (
+    KernelConfig(BLOCK_WISE, 16, 128),
+    KernelConfig(BLOCK_WISE, 16, 64),
+    KernelConfig(BLOCK_WISE, 16, 256),
+    KernelConfig(ROW_WISE, 1, 0),
+)
+
+
+def candidates(device: DeviceSpec) -> tuple[KernelConfig, ...]:
+    """Every configuration that kernels exist for on this kind of device, the default first."""
+    if device.kind == "cpu":
+        return _CPU_CANDIDATES
+    raise ValueError(f"planner: no kernels for device kind {device.kind!r} yet, allowed: cpu")
+
+
+def infeasible(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem) -> str | None:
+    """Why this configuration cannot run the problem, or None."""
+    if config.kernel == BLOCK_WISE and config.kv_chunk > max(64, -(-problem.kv_len // 64) * 64):
+        return f"kv_chunk {config.kv_chunk} is longer than the {problem.kv_len} keys"
+    return None

@@ -1,0 +1,92 @@
+"""Devices as numbers. One entry per card that the project knows; others are made from their properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class CpuCosts:
+    """Measured cost of the CPU kernels' steps, nanoseconds of one thread, at one head dimension's worth of work.
+
+    Measured on one vCPU of an AMD EPYC with AVX-512, torch 2.13.0 (kernels/NOTES.md has the runs). Another CPU is faster or
+    slower as a whole; what the planner needs is the ratios.
+    """
+
+    call: float
+    """Once per call: dispatch, thread wake-up."""
+    pack_per_key: float
+    """Packing one key and value of one head, per element of the head dimension."""
+    block_strip: float
+    """Block-wise: one strip of 16 queries, whatever it lists, per element of the head dimension."""
+    block_cell: float
+    """Block-wise: one cell, the part that does not grow with the head dimension (softmax, bookkeeping)."""
+    block_cell_dim: float
+    """Block-wise: one cell, per element of the head dimension."""
+    block_partial: float
+    """Block-wise: extra for applying a partial cell's bits."""
+    row_row: float
+    """Row-wise: one query row, whatever it keeps."""
+    row_cell: float
+    """Row-wise: looking at one row of one listed cell."""
+    row_key: float
+    """Row-wise: one kept key, the part that does not grow with the head dimension."""
+    row_key_dim: float
+    """Row-wise: one kept key, per element of the head dimension."""
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """What the planner knows of a device."""
+
+    name: str
+    kind: str
+    """``cpu`` or ``cuda``."""
+    arch: str
+    """Instruction set: ``sm_80``, ``sm_89``, ``sm_90a``; for a CPU its machine name."""
+    units: int
+    """Threads (cpu) or multiprocessors (cuda)."""
+    shared_bytes: int = 0
+    """Shared memory of one multiprocessor, bytes."""
+    max_warps: int = 0
+    """Resident warps of one multiprocessor."""
+    cpu: CpuCosts | None = None
+
+
+CPU_COSTS = CpuCosts(
+    call=4000.0,
+    pack_per_key=0.35,
+    block_strip=4.0,
+    block_cell=90.0,
+    block_cell_dim=9.0,
+    block_partial=25.0,
+    row_row=60.0,
+    row_cell=1.5,
+    row_key=8.0,
+    row_key_dim=0.25,
+)
+
+_KB = 1024
+_CUDA = (
+    DeviceSpec("NVIDIA A100", "cuda", "sm_80", 108, 164 * _KB, 64),
+    DeviceSpec("NVIDIA GeForce RTX 4090", "cuda", "sm_89", 128, 100 * _KB, 48),
+    DeviceSpec("NVIDIA H100", "cuda", "sm_90a", 132, 228 * _KB, 64),
+    DeviceSpec("NVIDIA H200", "cuda", "sm_90a", 132, 228 * _KB, 64),
+)
+
+
+def cpu_spec(threads: int, arch: str = "generic") -> DeviceSpec:
+    """The CPU with ``threads`` worker threads."""
+    return DeviceSpec("cpu", "cpu", arch, threads, cpu=CPU_COSTS)
+
+
+def cuda_spec(
+    name: str, capability: tuple[int, int], multiprocessors: int, shared_bytes: int, max_warps: int
+) -> DeviceSpec:
+    """A card by its properties: the known entry whose name it starts with, sized as the driver reports, else a new one."""
+    suffix = "a" if capability == (9, 0) else ""
+    arch = f"sm_{capability[0]}{capability[1]}{suffix}"
+    for known in _CUDA:
+        if name.startswith(known.name):
+            return replace(known, name=name, units=multiprocessors, shared_bytes=shared_bytes)
+    return DeviceSpec(name, "cuda", arch, multiprocessors, shared_bytes, max_warps)
