@@ -1,0 +1,203 @@
+"""Every method that can be measured, behind one decorator; a method is one file in this folder.
+
+This module and the discovery import no torch: Snakemake reads ids, labels and dependencies while it parses. A method's
+module imports torch inside its function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stof_kernels.masks import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEVICES = ("cpu", "cuda")
+
+# What every measured number depends on besides its own module: who times it, which inputs it gets, and what the masks are.
+_COMMON = ("benchmarking/timing.py", "baselines/inputs.py", "masks")
+
+
+class Unsupported(Exception):
+    """Raised by a method's ``prepare`` for a problem that it cannot run; the text is the reason in the row's note."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem: shapes, types and the mask, for q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim).
+
+    ``dtype`` is a torch dtype's name (``float32``), ``device`` ``cpu`` or ``cuda``; ``seed`` draws the tensors.
+    """
+
+    pattern: Pattern
+    batch: int
+    q_len: int
+    kv_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    device: str
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """Factor on q.k, 1/sqrt(head_dim) for all methods."""
+        return 1.0 / math.sqrt(self.head_dim)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether several query heads share a key head."""
+        return self.heads != self.kv_heads
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Inputs that all methods get for one problem: q (B, H, Lq, D), k and v (B, Hkv, Lk, D), contiguous, unit normal."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method ready to be timed on one problem.
+
+    ``run()`` returns the output (B, H, Lq, D) and holds nothing that belongs outside the timed call. ``applied`` is the mask
+    that it really applies, and ``exact`` whether that is the problem's. ``mask_build()``, where a method needs a mask in a form
+    of its own, builds it again from the pattern and is timed apart.
+    """
+
+    run: Callable[[], Tensor]
+    applied: Pattern
+    exact: bool = True
+    note: str = ""
+    mask_build: Callable[[], object] | None = None
+
+
+Prepare = Callable[[Problem, Tensors], Prepared]
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What is known about a method without running it."""
+
+    id: str
+    label: str
+    experiments: tuple[str, ...]
+    prepare: Prepare | None
+    depends: tuple[str, ...]
+    devices: tuple[str, ...] = DEVICES
+    reimplemented: bool = False
+    exact_by_design: bool = True
+    rank: int = 100
+    absent: str = ""
+    not_in: dict[str, str] = field(default_factory=dict)
+
+    def why_not(self, experiment: str, device: str) -> str:
+        """Reason why this method cannot run there at all, known without importing torch; empty if it may run."""
+        if self.absent:
+            return self.absent
+        if experiment in self.not_in:
+            return self.not_in[experiment]
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        return ""
+
+
+_METHODS: dict[str, MethodSpec] = {}
+_discovered = False
+
+
+def method(
+    id: str,
+    *,
+    label: str,
+    experiments: Iterable[str],
+    depends: Iterable[str] = (),
+    devices: Iterable[str] = DEVICES,
+    reimplemented: bool = False,
+    exact_by_design: bool = True,
+    rank: int = 100,
+    not_in: dict[str, str] | None = None,
+) -> Callable[[Prepare], Prepare]:
+    """Register ``prepare(problem, tensors) -> Prepared`` as the method ``id``.
+
+    ``depends``: package-relative files or folders that its numbers depend on, besides its own module, the timer, the inputs and
+    the masks. ``exact_by_design``: it applies any mask. ``rank``: place in tables and legends. ``not_in``: experiments that
+    list the method with a reason instead of a number.
+    """
+
+    def register(prepare: Prepare) -> Prepare:
+        folder, _, module = prepare.__module__.rpartition(".")
+        own = (f"baselines/{module}.py",) if folder == __package__ else ()
+        _add(
+            MethodSpec(
+                id=id,
+                label=label,
+                experiments=tuple(experiments),
+                prepare=prepare,
+                depends=(*own, *_COMMON, *depends),
+                devices=tuple(devices),
+                reimplemented=reimplemented,
+                exact_by_design=exact_by_design,
+                rank=rank,
+                not_in=dict(not_in or {}),
+            )
+        )
+        return prepare
+
+    return register
+
+
+def absent_method(id: str, *, label: str, experiments: Iterable[str], reason: str, rank: int = 100) -> None:
+    """Register a method that this reproduction does not have: its cells are rows with status unsupported and ``reason``."""
+    _add(MethodSpec(id, label, tuple(experiments), None, (f"baselines/{id}.py",), (), rank=rank, absent=reason))
+
+
+def _add(spec: MethodSpec) -> None:
+    if spec.id in _METHODS:
+        raise ValueError(f"method {spec.id!r} is registered twice, by {_METHODS[spec.id].depends[0]} and {spec.depends[0]}")
+    _METHODS[spec.id] = spec
+
+
+def unregister(id: str) -> None:
+    """Forget a method, for tests that register one of their own."""
+    _METHODS.pop(id, None)
+
+
+def discover() -> None:
+    """Import every module of this folder once, so that the decorators run; a new file needs no entry anywhere."""
+    global _discovered
+    if _discovered:
+        return
+    package = importlib.import_module(__package__)
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{found.name}")
+    _discovered = True
+
+
+def all_methods() -> list[MethodSpec]:
+    """Every method, in the order of tables and legends."""
+    discover()
+    return sorted(_METHODS.values(), key=lambda spec: (spec.rank, spec.id))
+
+
+def methods_for(experiment: str) -> list[MethodSpec]:
+    """Methods that have rows in ``experiment``, in the order of tables and legends."""
+    return [spec for spec in all_methods() if experiment in spec.experiments]
+
+
+def get(id: str) -> MethodSpec:
+    """The method of that id; ValueError for an unknown one."""
+    discover()
+    if id not in _METHODS:
+        raise ValueError(f"method {id!r} is unknown, allowed: {', '.join(spec.id for spec in all_methods())}")
+    return _METHODS[id]

@@ -1,0 +1,165 @@
+"""A measuring job: one method on every cell of one experiment on one GPU, resumable, one line of progress per cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from stof_kernels import baselines
+from stof_kernels.baselines import MethodSpec
+from stof_kernels.provenance import code_digest
+
+from . import environment, experiments
+from .cell import Measured, device_is_usable, measure_cell
+from .experiments import Cell
+from .journal import Journal
+from .measurement import Measurement, write_rows
+from .timing import Budget
+
+_LEFT_UNUSABLE = "not measured: an earlier cell left the GPU unusable in this process"
+
+
+class JobError(ValueError):
+    """A job that cannot start. The message is one line: what is wrong and what is allowed."""
+
+
+def run_job(
+    gpu: str,
+    experiment: str,
+    method: str,
+    settings: dict[str, Any],
+    csv: Path,
+    provenance: Path,
+    journal: Path,
+    device: str,
+) -> None:
+    """Measure and write ``csv`` and ``provenance``, both whole, once every cell has its rows.
+
+    ``gpu`` is the name that rows and folders carry, ``device`` (cpu or cuda) what runs; ``settings`` the experiment's section
+    for that device (masks, sizes, heads, head_dim, dtype, seed, timing). A cell that runs out of memory, fails or is not
+    supported becomes a row with that status. Finished cells are kept in ``journal`` and not measured again when a killed job
+    is run again. ValueError for an unknown experiment or method and for settings that cannot be read.
+    """
+    spec, cells = _resolve(experiment, method, settings, device)
+    job = Measured(gpu, experiment, spec, Budget.from_settings(settings.get("timing", {})))
+    why_not = spec.why_not(experiment, device)
+    if why_not:
+        about = environment.new_run()
+        facts = _facts(job, settings, {"device": device})
+        rows = [row for cell in cells for row in job.missing(cell.problem, "unsupported", why_not)]
+        print(f"{_name(job)}: {len(cells)} cells unsupported: {why_not}", flush=True)
+    else:
+        facts = _facts(job, settings, environment.machine(device))
+        book = Journal(Path(journal), _identity(facts), about=environment.new_run())
+        about = book.about | {"resumed": book.resumed}
+        rows = _measure_all(cells, job, book)
+    _write_json(Path(provenance), about | facts)
+    write_rows(csv, rows)
+    if not why_not:
+        book.close()
+
+
+def _resolve(experiment: str, method: str, settings: dict[str, Any], device: str) -> tuple[MethodSpec, list[Cell]]:
+    spec, known = baselines.get(method), experiments.get(experiment)
+    if device not in ("cpu", "cuda"):
+        raise JobError(f"device is {device!r}, allowed: cpu, cuda")
+    if known.cells is None:
+        runnable = ", ".join(e.id for e in experiments.EXPERIMENTS.values() if e.cells)
+        raise JobError(f"experiment {experiment!r} has recorded rows only, allowed to measure: {runnable}")
+    if experiment not in spec.experiments:
+        raise JobError(f"method {method!r} is not part of experiment {experiment!r}, allowed: {', '.join(known.methods)}")
+    return spec, known.cells(settings, device)
+
+
+def _measure_all(cells: list[Cell], job: Measured, book: Journal) -> list[Measurement]:
+    rows: list[Measurement] = []
+    usable = True
+    for number, cell in enumerate(cells, start=1):
+        place = f"{_name(job)} [{number}/{len(cells)}] {cell.key}"
+        if cell.key in book.done:
+            found = book.done[cell.key]
+            print(f"{place}: finished before, kept", flush=True)
+        elif usable:
+            found = measure_cell(cell, job)
+            book.finish(cell.key, found)
+            print(f"{place}: {summary(found)}", flush=True)
+            usable = found[0].status in ("ok", "unsupported") or device_is_usable(cell.problem.device)
+        else:
+            # Not in the journal: a later run of the job measures these cells.
+            found = job.missing(cell.problem, "error", _LEFT_UNUSABLE)
+            print(f"{place}: {_LEFT_UNUSABLE}", flush=True)
+        rows.extend(found)
+    return rows
+
+
+def _name(job: Measured) -> str:
+    return f"{job.experiment} {job.gpu} {job.method.id}"
+
+
+def summary(rows: list[Measurement]) -> str:
+    """One cell's rows as the rest of a progress line."""
+    by_metric = {row.metric: row for row in rows}
+    time = by_metric["device_time"]
+    if time.median is None:
+        return f"{time.status}: {time.note}"
+    text = f"{time.median:.1f} us ({time.p20:.1f}-{time.p80:.1f}, n={time.samples})"
+    text += "" if time.exact else " without the mask"
+    if "control_time" in by_metric:
+        text += f", control {by_metric['control_time'].median:.1f} us"
+    return text if time.rel_err is None else f"{text}, rel_err {time.rel_err:.1e}"
+
+
+def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the provenance file says about how the numbers came about."""
+    spec = job.method
+    return {
+        "experiment": job.experiment,
+        "gpu": job.gpu,
+        "method": spec.id,
+        "label": spec.label,
+        "reimplemented": spec.reimplemented,
+        "machine": machine,
+        "versions": environment.versions(),
+        "seed": settings.get("seed", 0),
+        "settings": settings,
+        "code": {"digest": code_digest(spec.depends), "parts": {name: code_digest([name]) for name in spec.depends}},
+        "build": _build_facts(spec, machine["device"]),
+        "commit": environment.git_commit(),
+    }
+
+
+def _build_facts(spec: MethodSpec, device: str) -> dict[str, Any] | None:
+    return None
+
+
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a finished cell's numbers depend on. The lists of cells do not count: a longer list keeps what is finished."""
+    settings = {name: value for name, value in facts["settings"].items() if name not in ("masks", "sizes")}
+    kept = ("experiment", "gpu", "method", "versions", "build")
+    # The clock of the moment is a reading, not a property of the machine.
+    machine = {name: value for name, value in facts["machine"].items() if name not in ("clocks_sm", "clocks_mem")}
+    return {name: facts[name] for name in kept} | {
+        "settings": settings,
+        "machine": machine,
+        "code": facts["code"]["digest"],
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
