@@ -1,0 +1,33 @@
+# One measuring job per GPU, experiment and method: a crash costs one file, and a new method measures only itself.
+
+
+rule bench:
+    input:
+        extension=extension_of,
+    output:
+        csv="results/measured/{gpu}/{experiment}/{method}.csv",
+        provenance="results/measured/{gpu}/{experiment}/{method}.provenance.json",
+    log:
+        "results/logs/bench/{gpu}/{experiment}/{method}.log",
+    wildcard_constraints:
+        gpu=any_of(MEASURED),
+        experiment=any_of(config["experiments"]),
+    conda:
+        "../envs/stof.yaml"
+    # All cores and the GPU: nothing else runs beside a measurement.
+    threads: workflow.cores
+    resources:
+        gpu=lambda wildcards: int(MEASURED[wildcards.gpu].device == "cuda"),
+        gpu_model=gpu_model,
+    params:
+        # Not an output, so that it survives a kill and the job resumes.
+        journal="results/journal/{gpu}/{experiment}/{method}.jsonl",
+        device=lambda wildcards: MEASURED[wildcards.gpu].device,
+        settings=lambda wildcards: checks.job_settings(
+            config, wildcards.experiment, MEASURED[wildcards.gpu].device
+        ),
+        code=lambda wildcards: digest_of(
+            "bench.py", get_method(wildcards.method).depends
+        ),
+    script:
+        "../workflow/scripts/bench.py"

@@ -1,0 +1,16 @@
+# The compiled extension, once per architecture that is measured.
+
+
+rule build_extension:
+    output:
+        "results/build/{arch}-{digest}.json",
+    log:
+        "results/logs/build/{arch}-{digest}.log",
+    wildcard_constraints:
+        arch=any_of(target.arch for target in MEASURED.values()),
+        digest="[0-9a-f]+",
+    conda:
+        "../envs/stof.yaml"
+    threads: workflow.cores
+    script:
+        "../workflow/scripts/build_extension.py"

@@ -1,0 +1,123 @@
+# The checked configuration, the resolved GPUs, and the paths and helper functions that the rules share.
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from snakemake.logging import logger
+from snakemake.utils import validate
+from stof_kernels.baselines import get as get_method
+from stof_kernels.benchmarking import config as checks
+from stof_kernels.benchmarking import targets
+from stof_kernels.benchmarking.experiments import EXPERIMENTS
+from stof_kernels.figures import FIGURES
+from stof_kernels.provenance import code_digest, normalized_source
+
+ROOT = Path(workflow.basedir)
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+RECORDED = Path("results/recorded")
+
+# Sub-packages that the extension is compiled from. A method that depends on one of them waits for the build.
+COMPILED = ["kernels"]
+
+
+def resolve_targets():
+    """Targets of this run; a job that a cluster runs takes over what the planning process decided."""
+    if workflow.remote_exec and targets.HANDOVER_VARIABLE in os.environ:
+        return targets.handed_over(os.environ[targets.HANDOVER_VARIABLE])
+    # A dry-run hides the executor; a number of jobs without one of cores belongs to a cluster's profile.
+    elsewhere = workflow.non_local_exec or (
+        workflow.dryrun and workflow.resource_settings.nodes is not None
+    )
+    return targets.resolve(
+        config["gpu"],
+        config["source"],
+        config["gpus"],
+        device=targets.present_device(),
+        elsewhere=elsewhere,
+    )
+
+
+# Whatever is wrong with the input ends the run here, with one line and nothing done.
+try:
+    checks.normalize(config)
+    checks.check_schema(config, yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
+    validate(config, str(SCHEMA))  # fills in the defaults
+    checks.check_relations(config)
+    TARGETS = {target.name: target for target in resolve_targets()}
+    for target in TARGETS.values():
+        if target.source == targets.RECORDED:
+            checks.check_recorded(RECORDED, target.name)
+except (checks.ConfigError, targets.TargetError) as error:
+    sys.exit(f"stof-kernels: {error}")
+
+os.environ[targets.HANDOVER_VARIABLE] = targets.hand_over(list(TARGETS.values()))
+
+
+envvars:
+    targets.HANDOVER_VARIABLE,
+
+
+if workflow.is_main_process:
+    for target in TARGETS.values():
+        logger.info(str(target))
+
+MEASURED = {
+    name: target
+    for name, target in TARGETS.items()
+    if target.source == targets.MEASURED
+}
+
+
+def any_of(names):
+    """Wildcard pattern for exactly these names; nothing, not everything, where there are none."""
+    return "|".join(sorted(names)) or "(?!)"
+
+
+def digest_of(script, depends):
+    """Digest over what a rule's result depends on: package code by name, and the rule's script. Comments do not count."""
+    return f"{code_digest(depends)} {normalized_source(ROOT / 'workflow' / 'scripts' / script)}"
+
+
+def manifest(arch):
+    """Product of the build for one architecture. The digest in its path makes a code edit plan the build and what needs it."""
+    return f"results/build/{arch}-{code_digest(COMPILED)}.json"
+
+
+def extension_of(wildcards):
+    """Input of a measuring job: the build of its architecture if the method depends on compiled code, else nothing."""
+    needed = any(
+        name.split("/")[0] in COMPILED for name in get_method(wildcards.method).depends
+    )
+    return manifest(MEASURED[wildcards.gpu].arch) if needed else []
+
+
+def gpu_model(wildcards):
+    """The card that a cluster should give a measuring job; empty for a job on the CPU."""
+    return wildcards.gpu if MEASURED[wildcards.gpu].device == "cuda" else ""
+
+
+def measured_tables(experiment):
+    """Tables that this run measures in one experiment."""
+    methods = [spec.id for spec in checks.selected_methods(config, experiment)]
+    return [
+        f"results/measured/{gpu}/{experiment}/{method}.csv"
+        for gpu in MEASURED
+        for method in methods
+    ]
+
+
+def tables_of(experiment):
+    """All tables of one experiment, GPU by GPU: those that this run measures, or those in git."""
+    recorded = [
+        str(path)
+        for name in TARGETS
+        if name not in MEASURED
+        for path in targets.recorded_files(RECORDED, name, experiment)
+    ]
+    return measured_tables(experiment) + recorded
+
+
+def provenance_of(tables):
+    """The file beside each table that says where its rows come from."""
+    return [str(Path(table).with_suffix(".provenance.json")) for table in tables]

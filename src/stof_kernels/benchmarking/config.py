@@ -1,0 +1,150 @@
+"""Checks of the experiment's configuration, each failure one line, and the settings of a job cut out of it.
+
+No torch: Snakemake calls this while it parses the workflow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stof_kernels import masks
+from stof_kernels.baselines import MethodSpec, methods_for
+
+from .measurement import MeasurementError, read_rows
+
+ALL = "all"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message is one line: which key, what it holds, what is allowed."""
+
+
+def normalize(config: dict[str, Any]) -> None:
+    """Give the gpus table its names as strings, in place: YAML reads an unquoted 4090 as a number."""
+    if isinstance(config.get("gpus"), dict):
+        config["gpus"] = {str(name): entry for name, entry in config["gpus"].items()}
+
+
+def check_schema(config: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """ConfigError for the first key that the JSON schema does not allow, with the closest allowed name for a misspelt one."""
+    from jsonschema import Draft202012Validator
+
+    errors = sorted(
+        Draft202012Validator(schema).iter_errors(config), key=lambda e: [str(part) for part in e.absolute_path]
+    )
+    if errors:
+        raise ConfigError(_explain(errors[0]))
+
+
+def _explain(error: Any) -> str:
+    where = "config" + "".join(f".{part}" for part in error.absolute_path).replace(".", " ", 1)
+    if error.validator == "additionalProperties":
+        return f"{where}: {_explain_unknown_key(error)}"
+    description = error.schema.get("description", "")
+    return f"{where}: {error.message}" + (f"; allowed: {description}" if description else "")
+
+
+def _explain_unknown_key(error: Any) -> str:
+    allowed = list(error.schema.get("properties", ()))
+    patterns = list(error.schema.get("patternProperties", ()))
+    key = next(k for k in map(str, error.instance) if k not in allowed and not any(re.search(p, k) for p in patterns))
+    close = difflib.get_close_matches(key, allowed, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    names = ", ".join(allowed) or f"names that match {', '.join(patterns)}"
+    return f"unknown key {key!r}{hint}; allowed: {names}"
+
+
+def check_relations(config: Mapping[str, Any]) -> None:
+    """ConfigError for what the schema cannot say: ids that nothing defines, a table of GPUs that contradicts itself."""
+    for name, entry in config["gpus"].items():
+        if (entry["device"] == "cpu") != (entry["arch"] == "cpu"):
+            raise ConfigError(f"config gpus.{name}: device {entry['device']} does not go with arch {entry['arch']!r}")
+        try:
+            re.compile(entry["match"])
+        except re.error as error:
+            raise ConfigError(
+                f"config gpus.{name}.match: {entry['match']!r} is no regular expression ({error})"
+            ) from None
+    for experiment, section in config["experiments"].items():
+        where = f"config experiments.{experiment}"
+        _check_known(f"{where}.masks", section["masks"], masks.FAMILIES)
+        if section["methods"] != ALL:
+            ids = [spec.id for spec in methods_for(experiment)]
+            named = section["methods"] if isinstance(section["methods"], list) else [section["methods"]]
+            _check_known(f"{where}.methods", named, [ALL, *ids] if isinstance(section["methods"], str) else ids)
+        for device, timing in section["timing"].items():
+            if timing["min_samples"] > timing["max_samples"]:
+                least, most = timing["min_samples"], timing["max_samples"]
+                raise ConfigError(f"{where}.timing.{device}: min_samples {least} is above max_samples {most}")
+        for device, sizes in section["sizes"].items():
+            _check_once(f"{where}.sizes.{device}", [size["batch"] for size in sizes])
+
+
+def _check_known(where: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+    allowed = list(allowed)
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(f"{where}: {name!r} is unknown, allowed: {', '.join(allowed)}")
+
+
+def _check_once(where: str, batches: list[int]) -> None:
+    for batch in batches:
+        if batches.count(batch) > 1:
+            raise ConfigError(f"{where}: batch {batch} is listed twice, allowed: once, with all its sequence lengths")
+
+
+def check_recorded(recorded: Path, gpu: str) -> None:
+    """ConfigError unless every recorded table of ``gpu`` is one, holds rows of its own path only and has its provenance."""
+    for path in sorted((recorded / gpu).rglob("*.csv")):
+        _check_provenance(path.with_suffix(".provenance.json"))
+        try:
+            rows = read_rows(path)
+        except MeasurementError as error:
+            raise ConfigError(f"recorded rows: {error}") from None
+        own = {"gpu": gpu, "experiment": path.parent.name, "method": path.stem}
+        for row in rows:
+            for column, expected in own.items():
+                if getattr(row, column) != expected:
+                    found = getattr(row, column)
+                    raise ConfigError(
+                        f"recorded rows: {path}: a row of {column} {found!r}, allowed: {expected!r} (its path)"
+                    )
+
+
+def _check_provenance(path: Path) -> None:
+    try:
+        holds_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except OSError as error:
+        raise ConfigError(f"recorded rows: {path}: cannot be read ({error.strerror}), every table needs one") from None
+    except ValueError:
+        holds_object = False
+    if not holds_object:
+        raise ConfigError(f"recorded rows: {path}: allowed: one JSON object, as a measuring job writes it")
+
+
+def selected_methods(config: Mapping[str, Any], experiment: str) -> list[MethodSpec]:
+    """Methods that the config measures in ``experiment``, in the registry's order; empty without a section for it."""
+    section = config["experiments"].get(experiment)
+    if section is None:
+        return []
+    specs = methods_for(experiment)
+    return specs if section["methods"] == ALL else [spec for spec in specs if spec.id in section["methods"]]
+
+
+def job_settings(config: Mapping[str, Any], experiment: str, device: str) -> dict[str, Any]:
+    """The settings of a measuring job: the experiment's section, reduced to one kind of device (cpu or cuda)."""
+    section = config["experiments"][experiment]
+    return {
+        "masks": section["masks"],
+        "sizes": section["sizes"][device],
+        "heads": section["heads"],
+        "head_dim": section["head_dim"],
+        "dtype": section["dtype"][device],
+        "seed": config["seed"],
+        "timing": section["timing"][device],
+    }
