@@ -1,0 +1,279 @@
+"""Compiles the kernels, once per digest of sources, flags and compiler, into the user's cache.
+
+Importing this module and asking for a digest needs neither torch nor a GPU. The library uses PyTorch's stable ABI only,
+so the digest says nothing about the torch version: one binary serves torch 2.11 and later under any Python.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import settings
+from ..provenance import PACKAGE_ROOT, normalized_source, source_files
+
+CSRC = "kernels/csrc"  # relative to the package
+LIBRARY = "libstof.so"
+MANIFEST = "manifest.json"
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be built; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One object file: a source below ``csrc`` with flags of its own; ``name`` tells several from one source apart."""
+
+    source: str
+    name: str
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a library is built from, and with what.
+
+    ``sources`` are the package-relative files and folders that its digest covers. ``compiler`` returns the command and
+    reads the environment when called; ``install`` says how to get that compiler.
+    """
+
+    compiler: Callable[[], str]
+    install: str
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    units: tuple[Unit, ...]
+    sources: tuple[str, ...]
+    seconds: int  # a rough duration for the line of progress
+
+
+def _instruction_sets() -> tuple[Unit, ...]:
+    """The CPU kernels, once per instruction set; the library picks one when it is loaded."""
+    source = "attention/cpu/variant.cpp"
+    flags = {"baseline": ()}
+    if platform.machine().lower() in {"x86_64", "amd64"}:
+        flags["avx2"] = ("-mavx2", "-mfma", "-mbmi")
+        flags["avx512"] = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mbmi")
+    return tuple(Unit(source, f"variant_{name}", (f"-DSTOF_ISA={name}", *extra)) for name, extra in flags.items())
+
+
+# The oldest torch that the binary must load into.
+_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+
+TARGETS: dict[str, Target] = {
+    "cpu": Target(
+        compiler=settings.cxx,
+        install="install a C++17 compiler (Debian and Ubuntu: apt install g++) or name one in CXX",
+        flags=(
+            *("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", _STABLE_ABI),
+            # a * b + c may become one instruction; nothing else about floating point is relaxed.
+            *("-ffp-contract=fast", "-fno-math-errno"),
+        ),
+        link_flags=("-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
+        units=(
+            Unit("bindings/library.cpp", "library"),
+            Unit("bindings/attention_cpu.cpp", "attention_cpu"),
+            Unit("bindings/build_cells_cpu.cpp", "build_cells_cpu"),
+            Unit("attention/cpu/driver.cpp", "driver"),
+            Unit("format/build_cells.cpp", "build_cells"),
+            *_instruction_sets(),
+        ),
+        sources=(f"{CSRC}/bindings", f"{CSRC}/attention/cpu", f"{CSRC}/format"),
+        seconds=30,
+    ),
+}
+
+
+def target_of(name: str) -> Target:
+    """The target's table entry, or a BuildError that names the known ones."""
+    try:
+        return TARGETS[name]
+    except KeyError:
+        raise BuildError(f"no build target {name!r}; known are {', '.join(TARGETS)}") from None
+
+
+@functools.cache
+def compiler_version(command: str, install: str) -> str:
+    """First line of what the compiler says about itself and the machine it compiles for."""
+    said = []
+    for question in ("--version", "-dumpmachine"):
+        try:
+            run = subprocess.run([*shlex.split(command), question], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
+            reason = "not found" if isinstance(error, FileNotFoundError) else "does not run"
+            raise BuildError(f"building the kernels: compiler {command!r} {reason}; {install}") from None
+        said.append(run.stdout.splitlines()[0].strip() if run.stdout else "")
+    return ", ".join(said)
+
+
+def source_digest(name: str) -> str:
+    """Twelve hex digits over sources and flags; needs no compiler. Comments and layout do not count."""
+    target = target_of(name)
+    parts = [repr((target.flags, target.link_flags, target.units)), platform.machine()]
+    for path in source_files(target.sources):
+        parts += [path.relative_to(PACKAGE_ROOT).as_posix(), normalized_source(path)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def digest(target: str = "cpu") -> str:
+    """Twelve hex digits that name the library of ``target``: its sources, flags and compiler version."""
+    entry = target_of(target)
+    version = compiler_version(entry.compiler(), entry.install)
+    return hashlib.sha256(f"{source_digest(target)}\0{version}".encode()).hexdigest()[:12]
+
+
+def manifest(target: str = "cpu") -> dict[str, object]:
+    """What the library of ``target`` is made of: digests, compiler, flags, sources; no path of this machine."""
+    entry = target_of(target)
+    return {
+        "target": target,
+        "digest": digest(target),
+        "source_digest": source_digest(target),
+        "compiler": compiler_version(entry.compiler(), entry.install),
+        "flags": [*entry.flags, *entry.link_flags],
+        "units": {unit.name: [unit.source, *unit.flags] for unit in entry.units},
+        "sources": [path.relative_to(PACKAGE_ROOT).as_posix() for path in source_files(entry.sources)],
+    }
+
+
+def library_dir(target: str = "cpu") -> Path:
+    """Folder of the cache that holds, or would hold, the library of ``target``."""
+    return settings.cache_dir() / "lib" / f"{target}-{digest(target)}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether ``folder`` holds a whole library. It is renamed into place as a whole, so this only guards deletions."""
+    return (folder / LIBRARY).is_file() and (folder / MANIFEST).is_file()
+
+
+def build(target: str = "cpu", *, progress: Callable[[str], object] = print, force: bool = False) -> Path:
+    """Path of the library of ``target``; compiles it if the cache does not have it.
+
+    ``progress`` receives one line if anything is compiled. ``force`` links anew even if the library is there. Safe to
+    call from several processes at once, and to kill at any time. Raises BuildError.
+    """
+    folder = library_dir(target)
+    if is_complete(folder) and not force:
+        return folder / LIBRARY
+    with _lock(settings.cache_dir() / "work" / f"{target}.lock"):
+        if force or not is_complete(folder):  # another process may have built it while this one waited
+            progress(f"stof-kernels: compiling the {target} kernels, about {target_of(target).seconds} s ...")
+            _compile(target, folder)
+    return folder / LIBRARY
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds an advisory lock; the system drops it when its holder dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("w")
+    except OSError as error:
+        raise BuildError(
+            f"building the kernels: the cache {settings.cache_dir()} cannot be written ({error.strerror}); "
+            "name another folder in STOF_CACHE_DIR"
+        ) from None
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(target: str, folder: Path) -> None:
+    work = settings.cache_dir() / "work" / target
+    _stage(work / "csrc")
+    (work / "build.ninja").write_text(_ninja_file(target), encoding="utf-8")
+    _run_ninja(target, work)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{target}-*.tmp"):  # of a builder that was killed: we hold the lock
+        shutil.rmtree(leftover)
+    aside = folder.parent / f".{folder.name}.tmp"
+    aside.mkdir()
+    shutil.copy2(work / LIBRARY, aside / LIBRARY)
+    (aside / MANIFEST).write_text(json.dumps(manifest(target), indent=1) + "\n", encoding="utf-8")
+    if folder.exists():
+        # Processes that have the old file open keep it; the name is free for a moment only.
+        folder.rename(aside.parent / f".{folder.name}.old.tmp")
+    aside.rename(folder)
+    shutil.rmtree(aside.parent / f".{folder.name}.old.tmp", ignore_errors=True)
+
+
+def _stage(to: Path) -> None:
+    """Copies the sources, touching only files whose content changed.
+
+    ninja judges by time stamps; those of an installed package or a git checkout say nothing about content. Relative
+    paths also keep the machine's folders out of the binary.
+    """
+    root = PACKAGE_ROOT / CSRC
+    wanted = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
+    for old in [path for path in to.rglob("*") if path.is_file()]:
+        if old.relative_to(to) not in wanted:
+            old.unlink()
+    for name, path in wanted.items():
+        copy = to / name
+        content = path.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
+
+
+def _ninja_file(target: str) -> str:
+    entry = target_of(target)
+    torch = torch_dir()
+    compiler = entry.compiler()
+    # Torch's headers name themselves in error messages; the map keeps this machine's folder out of the binary.
+    common = f"-Icsrc -isystem {shlex.quote(str(torch / 'include'))} -ffile-prefix-map={shlex.quote(str(torch))}=torch"
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {compiler} {shlex.join(entry.flags)} $flags {common} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        f"  command = {compiler} $in -o $out -L{shlex.quote(str(torch / 'lib'))} {shlex.join(entry.link_flags)}",
+        "  description = $out",
+    ]
+    for unit in entry.units:
+        lines += [f"build obj/{unit.name}.o: compile csrc/{unit.source}", f"  flags = {shlex.join(unit.flags)}"]
+    objects = " ".join(f"obj/{unit.name}.o" for unit in entry.units)
+    lines += [f"build {LIBRARY}: link {objects}", f"default {LIBRARY}", ""]
+    return "\n".join(lines)
+
+
+def _run_ninja(target: str, work: Path) -> None:
+    log = work / "build.log"
+    command = [ninja(), "-C", str(work), "-j", str(settings.max_build_jobs()), "-v"]
+    with log.open("w", encoding="utf-8") as out:
+        run = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+    if run.returncode:
+        raise BuildError(f"compiling the {target} kernels failed; the compiler's output is in {log}")
+
+
+def torch_dir() -> Path:
+    """Folder of the installed torch package, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("building the kernels: torch is not installed in this Python; pip install 'torch>=2.11'")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def ninja() -> str:
+    """The ninja program: beside this Python (the ``ninja`` package puts it there), or on PATH."""
+    beside = Path(sys.executable).with_name("ninja")
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("ninja")
+    if found is None:
+        raise BuildError("building the kernels: 'ninja' not found; pip install ninja")
+    return found

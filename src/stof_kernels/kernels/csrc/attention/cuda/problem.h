@@ -1,0 +1,84 @@
+// What the CUDA attention kernels are told: plain structs, no torch, so that device code compiles fast and stands alone.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace stof::cuda {
+
+// Element strides of a (batch, head, row, dim) tensor whose last dimension is dense.
+struct Strides {
+  int64_t batch, head, row;
+};
+
+struct BiasView {
+  const void* data;
+  int64_t batch, head, row, key;  // element strides, 0 where broadcast
+  bool is_float;                  // fp32; otherwise the dtype of q
+};
+
+// One call of sparse_attention, layout aside.
+struct Problem {
+  const void *q, *k, *v;
+  void* out;   // (batch, q_len, q_heads, head_dim) memory
+  float* lse;  // (batch, q_heads, q_len) or null
+  Strides q_stride, k_stride, v_stride, out_stride;
+  BiasView bias;
+  const int64_t* counts;  // the mask's counts; counts[3] != 0: over capacity
+  int batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+  int mask_batch, mask_heads;
+  float scale_log2;    // |scale| * log2(e), never 0
+  uint32_t q_flip;     // sign bits to flip in a pair of q elements: a negative scale is moved into q
+  bool is_bf16;
+};
+
+// Ints of a work item of the block-wise layout:
+// {query tile, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, 0, 0, the first key tile's four runs}
+constexpr int kItemInts = 12;
+// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
+constexpr int kHeaderInts = 8;
+// Ints of a combine entry: {query tile, first part, parts, 0}
+constexpr int kCombineInts = 4;
+
+struct BlockLayout {
+  const int* header;
+  const int* combines;
+  const int* items;
+  const int* col;        // (key tiles, 4) run of 16 keys or -1
+  const uint32_t* bits;  // (slots, 2 * q_tile) in accumulator order
+  int q_tile;
+  int q_tiles;           // per mask plane
+  int item_limit;        // items launched per copy of the mask: the exact number, or the capacity
+  int combine_limit;
+  bool exact;            // item_limit is exact and the layout is known to fit
+  int copies;            // (batch, head) pairs that share one mask plane
+  int copy_group;        // copies that run side by side, so that their keys stay in L2
+  float* part_out;       // (parts * copies, q_tile, head_dim)
+  float2* part_stat;     // (parts * copies, q_tile): row maximum in log2 units, row sum
+};
+
+// Canonical lists, read by the row-wise kernel.
+struct CellLists {
+  const int *strip_ptr, *cell_col, *cell_slot;
+  const uint16_t* cell_bits;
+  int strips;  // per plane
+};
+
+// Which instantiation of the block-wise kernel runs a layout.
+enum class Shape : int {
+  kWide = 0,    // 64 query rows, 4 warps of 16
+  kTall = 1,    // 64 query rows, 2 warps of 32: half the shared-memory reads per product
+  kLarge = 2,   // 128 query rows
+  kSplit = 3,   // 64 query rows, key tiles dealt to groups of 4 warps: short launches
+};
+
+cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
+cudaError_t launch_combine(const Problem& problem, const BlockLayout& layout, cudaStream_t stream);
+cudaError_t launch_row_wise(const Problem& problem, const CellLists& lists, cudaStream_t stream);
+// Head dim that the kernels compute with for an actual one of 8..256.
+int padded_head_dim(int head_dim);
+// Whether the shape exists for this head dim; every head dim has kWide.
+bool has_shape(Shape shape, int head_dim, bool has_bias);
+
+}  // namespace stof::cuda
