@@ -1,0 +1,89 @@
+"""The planner on numbers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from stof_kernels import planner
+from stof_kernels.planner import AttentionProblem, KernelConfig, MaskStats, choose, cpu_spec, paper_score
+
+DEVICE = cpu_spec(2)
+
+
+def problem(seq_len=2048, cells_per_strip=10.0, partial=0.3, kept_per_cell=256.0, head_dim=64, dtype="float32"):
+    n = -(-seq_len // 16)
+    cells = round(n * cells_per_strip)
+    stats = MaskStats(cells, round(cells * partial), round(cells * kept_per_cell), n, n, 1)
+    return AttentionProblem(1, 12, 12, seq_len, seq_len, head_dim, dtype, stats)
+
+
+def test_cheapest_feasible_candidate_is_chosen():
+    plan = choose(problem(), DEVICE)
+    assert plan.predicted_us == min(us for _, us in plan.ranking)
+    assert plan.ranking[0][0] == plan.config
+    assert {c for c, _ in plan.ranking} | {c for c, _ in plan.rejected} == set(planner.candidates(DEVICE))
+
+
+def test_thin_cells_go_row_wise_and_filled_cells_block_wise():
+    assert choose(problem(kept_per_cell=8, partial=1.0), DEVICE).config.kernel == planner.ROW_WISE
+    assert choose(problem(kept_per_cell=256, partial=0.0), DEVICE).config.kernel == planner.BLOCK_WISE
+
+
+@pytest.mark.parametrize("field", ["cells_per_strip", "seq_len", "head_dim"])
+def test_more_work_is_predicted_to_take_longer(field):
+    small, large = (
+        {field: v} for v in ({"cells_per_strip": (10, 40), "seq_len": (512, 2048), "head_dim": (64, 128)}[field])
+    )
+    for config in planner.candidates(DEVICE):
+        assert planner.predict_us(config, DEVICE, problem(**large)) > planner.predict_us(
+            config, DEVICE, problem(**small)
+        )
+
+
+def test_more_threads_are_predicted_to_be_faster():
+    config = KernelConfig(planner.BLOCK_WISE, 16, 128)
+    times = [planner.predict_us(config, cpu_spec(n), problem()) for n in (1, 2, 8, 64)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] / times[1] == pytest.approx(2, rel=0.1)
+
+
+def test_paper_selector_is_equation_one():
+    p = problem(seq_len=1024, cells_per_strip=6.4)
+    assert paper_score(p) == pytest.approx(410 / 64**2 - 1.2 / 36)
+    assert choose(p, DEVICE, "paper").config.kernel == planner.BLOCK_WISE
+    thin = problem(seq_len=4096, cells_per_strip=2.0)
+    assert paper_score(thin) == pytest.approx(2 / 256 - 1.2 / 64)
+    assert choose(thin, DEVICE, "paper").config.kernel == planner.ROW_WISE
+    assert paper_score(problem(seq_len=16, cells_per_strip=1)) == -math.inf
+
+
+def test_chunks_longer_than_the_keys_are_not_feasible():
+    plan = choose(problem(seq_len=48, cells_per_strip=3), DEVICE)
+    assert all(c.kv_chunk <= 64 for c, _ in plan.ranking)
+    assert any("longer than the 48 keys" in reason for _, reason in plan.rejected)
+
+
+def test_explain_names_kernel_time_and_reasons():
+    plan = choose(problem(), DEVICE).with_notes(("q is copied",))
+    text = plan.explain()
+    assert str(plan.config) in text.splitlines()[0]
+    assert f"{plan.predicted_us:.1f} us" in text
+    assert "<- chosen" in text
+    assert "note: q is copied" in text
+    assert "B=1 Hq=12 Hkv=12 Lq=2048 Lk=2048 D=64 float32" in text
+
+
+def test_an_empty_mask_can_be_planned():
+    empty = replace(problem(), mask=MaskStats(0, 0, 0, 0, 0, 1), q_len=0, kv_len=0)
+    assert choose(empty, DEVICE).predicted_us > 0
+
+
+def test_unknown_policy_and_device_are_refused():
+    with pytest.raises(ValueError, match="policy 'best', allowed: cost, paper"):
+        choose(problem(), DEVICE, "best")
+    card = planner.cuda_spec("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 64)
+    assert (card.arch, card.units) == ("sm_80", 108)
+    assert planner.cuda_spec("Some new card", (12, 0), 170, 100 * 1024, 48).arch == "sm_120"

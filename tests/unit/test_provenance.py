@@ -1,0 +1,45 @@
+"""Code digests: an edit that can change a number changes them, any other does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from stof_kernels import provenance
+from stof_kernels.provenance import code_digest, normalized_source
+
+PYTHON = (
+    "def f(x):\n    return x + 1\n",
+    '"""Doc."""\n\ndef f(x):  # why\n    """Add."""\n    return (x + 1)\n',
+    "def f(x):\n    return x + 2\n",
+)
+CPP = (
+    'int f() { return 1; }\nchar* s = "// no";\n',
+    '// c\nint  f() { return /* x */ 1; }\n\nchar* s = "// no";\n',
+    'int f() { return 1; }\nchar* s = "// yes";\n',
+)
+CUDA = ("#define N 3\nint x = N;\n", "#define N 3 // three\n  int x = N;\n", "#define N 4\nint x = N;\n")
+
+
+@pytest.mark.parametrize(("name", "texts"), [("a.py", PYTHON), ("a.cpp", CPP), ("a.cu", CUDA)])
+def test_only_meaning_counts(tmp_path, name, texts):
+    text, same, different = texts
+    path = tmp_path / name
+    path.write_text(text)
+    original = normalized_source(path)
+    path.write_text(same)
+    assert normalized_source(path) == original
+    path.write_text(different)
+    assert normalized_source(path) != original
+
+
+def test_digest_covers_folders_and_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGE_ROOT", tmp_path)
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.py").write_text("x = 1\n")
+    (tmp_path / "masks" / "notes.md").write_text("not code")
+    first = code_digest(["masks"])
+    assert len(first) == 12
+    (tmp_path / "masks" / "a.py").rename(tmp_path / "masks" / "b.py")
+    assert code_digest(["masks"]) != first
+    with pytest.raises(FileNotFoundError, match=r"'timer\.py' is neither a file nor a folder"):
+        code_digest(["timer.py"])
