@@ -7,10 +7,14 @@ rule build_extension:
     log:
         "results/logs/build/{arch}-{digest}.log",
     wildcard_constraints:
-        arch=any_of(target.arch for target in MEASURED.values()),
+        arch=any_of(
+            target.arch for target in MEASURED.values() if target.arch in BUILDABLE
+        ),
         digest="[0-9a-f]+",
     conda:
         "../envs/stof.yaml"
     threads: workflow.cores
+    params:
+        code=digest_of("build_extension.py", ["kernels/build.py"]),
     script:
         "../workflow/scripts/build_extension.py"

@@ -10,7 +10,7 @@ localrules:
 
 rule build:
     input:
-        sorted({manifest(target.arch) for target in MEASURED.values()}),
+        manifests(),
 
 
 for experiment in config["experiments"]:

@@ -11,14 +11,13 @@ from stof_kernels.benchmarking import config as checks
 from stof_kernels.benchmarking import targets
 from stof_kernels.benchmarking.experiments import EXPERIMENTS
 from stof_kernels.figures import FIGURES
+from stof_kernels.kernels.build import TARGETS as BUILDABLE
+from stof_kernels.kernels.build import source_digest
 from stof_kernels.provenance import code_digest, normalized_source
 
 ROOT = Path(workflow.basedir)
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 RECORDED = Path("results/recorded")
-
-# Sub-packages that the extension is compiled from. A method that depends on one of them waits for the build.
-COMPILED = ["kernels"]
 
 
 def resolve_targets():
@@ -81,15 +80,26 @@ def digest_of(script, depends):
 
 def manifest(arch):
     """Product of the build for one architecture. The digest in its path makes a code edit plan the build and what needs it."""
-    return f"results/build/{arch}-{code_digest(COMPILED)}.json"
+    return f"results/build/{arch}-{source_digest(arch)}.json"
+
+
+def manifests():
+    """Products of the builds that this run's measurements can use."""
+    return sorted(
+        {
+            manifest(target.arch)
+            for target in MEASURED.values()
+            if target.arch in BUILDABLE
+        }
+    )
 
 
 def extension_of(wildcards):
-    """Input of a measuring job: the build of its architecture if the method depends on compiled code, else nothing."""
-    needed = any(
-        name.split("/")[0] in COMPILED for name in get_method(wildcards.method).depends
-    )
-    return manifest(MEASURED[wildcards.gpu].arch) if needed else []
+    """Input of a measuring job: the build for its architecture if the method runs compiled code of ours, else nothing."""
+    spec, target = get_method(wildcards.method), MEASURED[wildcards.gpu]
+    runs = not spec.why_not(wildcards.experiment, target.device)
+    compiled = any(Path(name).parts[0] == "kernels" for name in spec.depends)
+    return manifest(target.arch) if runs and compiled else []
 
 
 def gpu_model(wildcards):

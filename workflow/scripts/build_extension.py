@@ -1,7 +1,9 @@
-"""Build the extension for one architecture and write the manifest that says what was built."""
+"""Build the extension for one architecture and write down what was built."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stof_kernels.benchmarking.jobs import job
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake.log[0]):
-    from stof_kernels.kernels import build
+    from stof_kernels.kernels import build, manifest
 
-    build(snakemake.wildcards.arch, snakemake.output[0])
+    build(snakemake.wildcards.arch)
+    Path(snakemake.output[0]).write_text(json.dumps(manifest(snakemake.wildcards.arch), indent=2) + "\n", encoding="utf-8")
