@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     rank=40,
 )
 def fa2(problem: Problem, tensors: Tensors) -> Prepared:
-    """Causal and windows natively; any other mask is ignored (dense, exact = false). On the CPU torch's kernel takes any mask."""
+    """Causal and windows natively; other masks are ignored (dense, exact = false). torch's CPU kernel takes any mask."""
     if problem.device == "cpu":
         prepared = forced(problem, tensors, "FLASH_ATTENTION")
         return Prepared(prepared.run, problem.pattern, note="torch's CPU flash kernel, which takes any mask")
@@ -35,7 +35,10 @@ def fa2(problem: Problem, tensors: Tensors) -> Prepared:
     if window is not None:
         return Prepared(_flash(problem, tensors, window), problem.pattern, note="native window")
     return Prepared(
-        _flash(problem, tensors, (-1, -1)), masks.full(), exact=False, note="cannot apply this mask: computed without one"
+        _flash(problem, tensors, (-1, -1)),
+        masks.full(),
+        exact=False,
+        note="cannot apply this mask: computed without one",
     )
 
 

@@ -33,7 +33,13 @@ def prepare_flex(problem: Problem, tensors: Tensors, kernel_options: dict | None
 
     def call():
         return run(
-            q, k, v, block_mask=block_mask, scale=problem.scale, enable_gqa=problem.grouped, kernel_options=kernel_options
+            q,
+            k,
+            v,
+            block_mask=block_mask,
+            scale=problem.scale,
+            enable_gqa=problem.grouped,
+            kernel_options=kernel_options,
         )
 
     return Prepared(call, problem.pattern, mask_build=build)

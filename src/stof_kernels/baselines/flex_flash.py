@@ -13,7 +13,9 @@ def require_fa4() -> None:
 
     major, minor = torch.cuda.get_device_capability()
     if major < 9:
-        raise Unsupported(f"FlashAttention-4 kernels need compute capability 9.0 or newer, this GPU has {major}.{minor}")
+        raise Unsupported(
+            f"FlashAttention-4 kernels need compute capability 9.0 or newer, this GPU has {major}.{minor}"
+        )
     try:
         import flash_attn.cute  # noqa: F401
     except ImportError as error:

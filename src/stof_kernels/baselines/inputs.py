@@ -55,7 +55,7 @@ def dense_keep(problem: Problem) -> Tensor:
 
 
 def additive_mask(problem: Problem) -> Tensor:
-    """The problem's mask as 0 and -inf in the inputs' dtype, the form that torch's attention kernels read without converting."""
+    """The problem's mask as 0 and -inf in the inputs' dtype, the form that torch's kernels read without converting."""
     import torch
 
     keep = dense_keep(problem)

@@ -30,7 +30,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention problem: shapes, types and the mask, for q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim).
+    """One attention problem: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, kv_len, head_dim), and the mask.
 
     ``dtype`` is a torch dtype's name (``float32``), ``device`` ``cpu`` or ``cuda``; ``seed`` draws the tensors.
     """
@@ -100,6 +100,12 @@ class MethodSpec:
     rank: int = 100
     absent: str = ""
     not_in: dict[str, str] = field(default_factory=dict)
+    on_device: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def depends_on(self, device: str) -> tuple[str, ...]:
+        """Package-relative names that numbers from ``device`` depend on: ``depends``, less what only another device runs."""
+        others = {name for kind, names in self.on_device.items() if kind != device for name in names}
+        return tuple(name for name in self.depends if name not in others - set(self.on_device.get(device, ())))
 
     def why_not(self, experiment: str, device: str) -> str:
         """Reason why this method cannot run there at all, known without importing torch; empty if it may run."""
@@ -113,7 +119,6 @@ class MethodSpec:
 
 
 _METHODS: dict[str, MethodSpec] = {}
-_discovered = False
 
 
 def method(
@@ -127,13 +132,15 @@ def method(
     exact_by_design: bool = True,
     rank: int = 100,
     not_in: dict[str, str] | None = None,
+    on_device: dict[str, tuple[str, ...]] | None = None,
 ) -> Callable[[Prepare], Prepare]:
     """Register ``prepare(problem, tensors) -> Prepared`` as the method ``id``.
 
     ``depends``: package-relative files or folders that its numbers depend on, besides its own module, the timer, the inputs and
     the masks. ``exact_by_design``: it applies any mask. ``rank``: place in tables and legends. ``not_in``: experiments that
-    list the method with a reason instead of a number.
+    list the method with a reason instead of a number. ``on_device``: dependencies of the numbers of one kind of device only.
     """
+    on_device = on_device or {}
 
     def register(prepare: Prepare) -> Prepare:
         folder, _, module = prepare.__module__.rpartition(".")
@@ -144,12 +151,15 @@ def method(
                 label=label,
                 experiments=tuple(experiments),
                 prepare=prepare,
-                depends=(*own, *_COMMON, *depends),
+                depends=tuple(
+                    dict.fromkeys((*own, *_COMMON, *depends, *(n for names in on_device.values() for n in names)))
+                ),
                 devices=tuple(devices),
                 reimplemented=reimplemented,
                 exact_by_design=exact_by_design,
                 rank=rank,
                 not_in=dict(not_in or {}),
+                on_device=dict(on_device),
             )
         )
         return prepare
@@ -164,7 +174,9 @@ def absent_method(id: str, *, label: str, experiments: Iterable[str], reason: st
 
 def _add(spec: MethodSpec) -> None:
     if spec.id in _METHODS:
-        raise ValueError(f"method {spec.id!r} is registered twice, by {_METHODS[spec.id].depends[0]} and {spec.depends[0]}")
+        raise ValueError(
+            f"method {spec.id!r} is registered twice, by {_METHODS[spec.id].depends[0]} and {spec.depends[0]}"
+        )
     _METHODS[spec.id] = spec
 
 
@@ -174,14 +186,10 @@ def unregister(id: str) -> None:
 
 
 def discover() -> None:
-    """Import every module of this folder once, so that the decorators run; a new file needs no entry anywhere."""
-    global _discovered
-    if _discovered:
-        return
+    """Import every module of this folder, so that the decorators run; a new file needs no entry anywhere."""
     package = importlib.import_module(__package__)
     for found in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{found.name}")
-    _discovered = True
 
 
 def all_methods() -> list[MethodSpec]:

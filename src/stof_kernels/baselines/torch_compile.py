@@ -29,7 +29,7 @@ def _prepare(problem: Problem, tensors: Tensors, mode: str) -> Prepared:
     import torch
 
     shape = (mode, problem.dtype, problem.heads, problem.kv_heads, tensors.q.shape, tensors.k.shape)
-    if _SEEN_SHAPE != [shape]:
+    if shape not in _SEEN_SHAPE:
         # Dynamo keeps a limited number of graphs per function and then refuses: drop the last size's.
         torch._dynamo.reset()
         _SEEN_SHAPE[:] = [shape]

@@ -1,4 +1,4 @@
-"""One cell of a measurement: prepare a method, check its output, and only then time it. Always returns rows, never raises for a method."""
+"""One cell of a measurement: prepare a method, check its output, and only then time it. A failing method gives a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
 
 from stof_kernels.baselines import MethodSpec, Prepared, Problem, Unsupported
 
@@ -47,6 +46,7 @@ class Measured:
             heads=problem.heads,
             kv_heads=problem.kv_heads,
             head_dim=problem.head_dim,
+            hidden=problem.heads * problem.head_dim,
             dtype=problem.dtype,
             metric=metric,
             **values,  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def _measure(problem: Problem, job: Measured) -> list[Measurement]:
     if not same_output(out, prepared.run(), tolerance):
         return _wrong(problem, job, math.nan, "the output changed while it was timed", prepared, kept)
     note = "; ".join(filter(None, (prepared.note, arm.note)))
-    checked = {"exact": prepared.exact, "rel_err": error, "kept": kept}
+    checked = {"exact": prepared.exact, "rel_err": float(f"{error:.3g}"), "kept": kept}
     rows = [job.row(problem, "device_time", **_numbers(timing), **checked, note=note)]
     if problem.device == "cuda":
         rows.append(job.row(problem, "host_time", **_numbers(_host_time(prepared, timing, job)), **checked))
@@ -117,7 +117,7 @@ def _wrong(
     known = math.isfinite(error)
     note = note if known or "changed" in note else "the output is not finite"
     return job.missing(
-        problem, "wrong_result", note, exact=prepared.exact, rel_err=error if known else None, kept=kept
+        problem, "wrong_result", note, exact=prepared.exact, rel_err=float(f"{error:.3g}") if known else None, kept=kept
     )
 
 
@@ -128,7 +128,9 @@ def _host_time(prepared: Prepared, device: Timing, job: Measured) -> Timing:
 
 
 def _numbers(timing: Timing) -> dict[str, object]:
-    return {"median": timing.median, "p20": timing.p20, "p80": timing.p80, "samples": timing.samples}
+    """Six digits: more would be noise, and would make tables hard to read."""
+    rounded = {name: float(f"{getattr(timing, name):.6g}") for name in ("median", "p20", "p80")}
+    return {**rounded, "samples": timing.samples}
 
 
 def _kept(problem: Problem) -> float:
@@ -174,5 +176,3 @@ def one_line(error: BaseException, length: int = 240) -> str:
     text = f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__
     text = "".join(c if c.isprintable() else " " for c in _ABSOLUTE_PATH.sub(r"\1", text))
     return text if len(text) <= length else text[: length - 3] + "..."
-
-

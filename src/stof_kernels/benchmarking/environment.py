@@ -69,6 +69,12 @@ def _gpu() -> dict[str, Any]:
     return found | {name.replace(".", "_"): value for name, value in smi.items() if name != "name"}
 
 
+def arch(machine: dict[str, Any]) -> str:
+    """The build target of a GPU: ``sm_89``, from 9.0 on with the suffix of the architecture's own instructions."""
+    major, _, minor = machine.get("capability", "").partition(".")
+    return f"sm_{major}{minor}{'a' if major.isdigit() and int(major) >= 9 else ''}"
+
+
 def _smi(which: str) -> dict[str, str]:
     """The driver's view of one GPU; empty where nvidia-smi is missing or does not answer."""
     if shutil.which("nvidia-smi") is None:
@@ -84,7 +90,7 @@ def _smi(which: str) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit if its tracked files are unchanged; None where the code is not exactly a commit, or not a checkout."""
+    """The checkout's commit; None where its tracked files are changed or this is no checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPOSITORY_ROOT), *arguments]

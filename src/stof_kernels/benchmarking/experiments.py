@@ -57,7 +57,8 @@ def attention_cell(name: str, settings: dict[str, Any], device: str) -> Cell:
     family, _, size = name.partition(":")
     batch, _, seq_len = size.partition("x")
     if family not in masks.FAMILIES or not (batch.isdigit() and seq_len.isdigit() and int(batch) and int(seq_len)):
-        raise SettingsError(f"cell {name!r}: allowed: MASK:BATCHxLENGTH such as causal:1x2048, masks {', '.join(masks.FAMILIES)}")
+        families = ", ".join(masks.FAMILIES)
+        raise SettingsError(f"cell {name!r}: allowed: MASK:BATCHxLENGTH such as causal:1x2048, masks {families}")
     return _cell(family, int(batch), int(seq_len), _shared(settings), device)
 
 

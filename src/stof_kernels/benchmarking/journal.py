@@ -20,8 +20,8 @@ Entry = list[Measurement]
 class Journal:
     """Finished cells of one job.
 
-    ``identity`` is a JSON-able dict of all that the numbers depend on. ``about`` is stored beside it when the journal is new and
-    read back when the job resumes (run id, date): it does not decide whether the journal still holds.
+    ``identity`` is a JSON-able dict of all that the numbers depend on. ``about`` is stored beside it when the journal is
+    new and read back when the job resumes (run id, date): it does not decide whether the journal still holds.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], about: dict[str, Any]):

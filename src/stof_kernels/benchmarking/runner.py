@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stof_kernels import baselines
+from stof_kernels import baselines, kernels
 from stof_kernels.baselines import MethodSpec
 from stof_kernels.provenance import code_digest
 
@@ -56,7 +56,7 @@ def run_job(
         book = Journal(Path(journal), _identity(facts), about=environment.new_run())
         about = book.about | {"resumed": book.resumed}
         rows = _measure_all(cells, job, book)
-    _write_json(Path(provenance), about | facts)
+    write_json(Path(provenance), about | facts)
     write_rows(csv, rows)
     if not why_not:
         book.close()
@@ -70,7 +70,9 @@ def _resolve(experiment: str, method: str, settings: dict[str, Any], device: str
         runnable = ", ".join(e.id for e in experiments.EXPERIMENTS.values() if e.cells)
         raise JobError(f"experiment {experiment!r} has recorded rows only, allowed to measure: {runnable}")
     if experiment not in spec.experiments:
-        raise JobError(f"method {method!r} is not part of experiment {experiment!r}, allowed: {', '.join(known.methods)}")
+        raise JobError(
+            f"method {method!r} is not part of experiment {experiment!r}, allowed: {', '.join(known.methods)}"
+        )
     return spec, known.cells(settings, device)
 
 
@@ -115,9 +117,12 @@ def summary(rows: list[Measurement]) -> str:
 def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     """Everything that the provenance file says about how the numbers came about."""
     spec = job.method
+    depends = spec.depends_on(machine["device"])
     return {
+        "kind": "measured",
         "experiment": job.experiment,
         "gpu": job.gpu,
+        "gpu_name": machine.get("name", ""),
         "method": spec.id,
         "label": spec.label,
         "reimplemented": spec.reimplemented,
@@ -125,14 +130,19 @@ def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> 
         "versions": environment.versions(),
         "seed": settings.get("seed", 0),
         "settings": settings,
-        "code": {"digest": code_digest(spec.depends), "parts": {name: code_digest([name]) for name in spec.depends}},
-        "build": _build_facts(spec, machine["device"]),
+        "code": {"digest": code_digest(depends), "parts": {name: code_digest([name]) for name in depends}},
+        "build": _build_facts(depends, machine),
         "commit": environment.git_commit(),
     }
 
 
-def _build_facts(spec: MethodSpec, device: str) -> dict[str, Any] | None:
-    return None
+def _build_facts(depends: tuple[str, ...], machine: dict[str, Any]) -> dict[str, Any] | None:
+    """Compiler and flags of our own library, for a method that runs it."""
+    target = "cpu" if machine["device"] == "cpu" else environment.arch(machine)
+    if target not in kernels.TARGETS or not any(name.startswith("kernels") for name in depends):
+        return None
+    made_of = kernels.manifest(target)
+    return {name: made_of[name] for name in ("target", "digest", "compiler", "flags")}
 
 
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +158,7 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

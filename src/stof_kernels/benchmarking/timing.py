@@ -120,7 +120,9 @@ class GraphArm:
             raise
         except Exception as error:
             torch.cuda.synchronize()
-            self.note = f"no CUDA graph ({type(error).__name__}): device_time from events around {self._calls} eager calls"
+            self.note = (
+                f"no CUDA graph ({type(error).__name__}): device_time from events around {self._calls} eager calls"
+            )
             self._launch = lambda: [run() for _ in range(self._calls)]
         self._launch()
         torch.cuda.synchronize()
@@ -174,7 +176,9 @@ def device_arm(run: Callable[[], object], device: str, budget: Budget) -> Arm:
     return GraphArm(run, budget.graph_calls)
 
 
-def interleave(arms: Sequence[Arm], budget: Budget, clock: Callable[[], float] = time.perf_counter) -> list[list[list[float]]]:
+def interleave(
+    arms: Sequence[Arm], budget: Budget, clock: Callable[[], float] = time.perf_counter
+) -> list[list[list[float]]]:
     """Run the arms in turn; returns for each arm its times in microseconds, grouped by turn (all arms have as many turns)."""
     start = clock()
     slice_s = budget.budget_s / _SLICES / len(arms)
@@ -188,7 +192,7 @@ def interleave(arms: Sequence[Arm], budget: Budget, clock: Callable[[], float] =
 
 
 def _turn(arm: Arm, slice_s: float, most: int, clock: Callable[[], float]) -> list[float]:
-    """Samples for one slice of time. The first finds the caches as another arm left them: it counts only if it is the only one."""
+    """Samples for one slice of time. The first meets the caches as another arm left them: it counts only if it is alone."""
     start = clock()
     first = arm.sample()
     times: list[float] = []

@@ -1,0 +1,90 @@
+"""Command line: ``python -m stof_kernels.benchmarking record | stale | duel``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from stof_kernels.kernels import BuildError
+
+from . import records
+from .duel import duel, parse_cells
+from .timing import Budget
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. An error is one line on standard error and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, BuildError) as error:  # every error of ours that a user can cause is one of these
+        print(f"{options.name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m stof_kernels.benchmarking", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+
+    record = commands.add_parser("record", help="promote measured rows to recorded ones")
+    record.add_argument("--gpu", required=True, help="the gpu as rows name it: cpu, h200, ...")
+    record.add_argument("--experiment", action="append", default=[], help="only this one (may be repeated)")
+    record.add_argument("--method", action="append", default=[], help="only this one (may be repeated)")
+    record.add_argument("--replace", action="store_true", help="put measured rows in the place of published ones")
+    record.set_defaults(command=_record)
+
+    stale = commands.add_parser("stale", help="list recorded tables measured with older code")
+    stale.add_argument("--strict", action="store_true", help="exit with status 1 if there are any")
+    stale.set_defaults(command=_stale)
+    for command in (record, stale):
+        command.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
+
+    fight = commands.add_parser("duel", help="time two methods in turn in one process")
+    fight.add_argument("cells", help="comma list such as mha:causal:1x2048,mha:bigbird:8x512")
+    fight.add_argument("methods", nargs="*", default=["stof", "sdpa"], help="two method ids (default: stof sdpa)")
+    fight.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    fight.add_argument("--heads", type=int, default=12)
+    fight.add_argument("--head-dim", type=int, default=64)
+    fight.add_argument("--dtype", default="", help="default: float32 on the CPU, float16 on CUDA")
+    fight.add_argument("--seed", type=int, default=0)
+    fight.add_argument("--seconds", type=float, default=2.0, help="time to sample each cell")
+    fight.set_defaults(command=_duel)
+    return parser
+
+
+def _record(options: argparse.Namespace) -> int:
+    experiments, methods = tuple(options.experiment), tuple(options.method)
+    for path in records.record(options.results, options.gpu, experiments, methods, options.replace):
+        print(f"recorded {path}")
+    return 0
+
+
+def _stale(options: argparse.Namespace) -> int:
+    found = records.stale(options.results)
+    for entry in found:
+        print(entry)
+    return 1 if found and options.strict else 0
+
+
+def _duel(options: argparse.Namespace) -> int:
+    import torch
+
+    if len(options.methods) != 2:
+        raise ValueError(f"got {len(options.methods)} methods, allowed: two ids such as stof sdpa")
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise ValueError("--device cuda: torch sees no CUDA device here, allowed: auto, cpu")
+    device = "cuda" if available and options.device != "cpu" else "cpu"
+    dtype = options.dtype or ("float32" if device == "cpu" else "float16")
+    settings = {"heads": options.heads, "head_dim": options.head_dim, "dtype": dtype, "seed": options.seed}
+    budget = Budget(min_samples=20, max_samples=1000, budget_s=options.seconds)
+    first, second = options.methods
+    for cell in parse_cells(options.cells, settings, device):
+        outcome = duel(cell.problem, first, second, budget)
+        print(f"{cell.key} {device} {dtype}: {first} against {second}: {outcome}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
