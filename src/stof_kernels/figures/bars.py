@@ -28,12 +28,13 @@ class Slot:
     bars: tuple[Bar, ...]
 
 
-def limits(ratios: Sequence[float], printed: Sequence[float] = (), floor: float = 1 / 8) -> tuple[float, float]:
-    """Powers of two around 1 and all ratios, with room for the values of those ``printed``.
+def limits(
+    ratios: Sequence[float], printed: Sequence[float] = (), room: float = 2**0.3, floor: float = 1 / 8
+) -> tuple[float, float]:
+    """Powers of two around 1 and all ratios, with ``room`` (a factor) for the values of those ``printed``.
 
     Never below ``floor``: slower bars are clipped, and their value is printed.
     """
-    room = 2**0.8
     low = math.floor(math.log2(min([*ratios, *(r / room for r in printed if r < 1), 0.99])))
     high = math.ceil(math.log2(max([*ratios, *(r * room for r in printed if r > 1), 1.5])))
     return max(floor, 2.0**low), 2.0**high
@@ -72,12 +73,12 @@ def draw(
     span: tuple[float, float],
     values_for: Sequence[str] = (),
     small: float = 5.0,
-    labels: bool = True,
+    named: bool = True,
 ) -> None:
     """Draw the slots' bars from the line at 1 up (faster) or down (slower).
 
     ``values_for``: methods whose value is printed at the bar; ``small``: size of those and of the letters, in points;
-    ``labels``: write the slots' and groups' names below the axis.
+    ``named``: write the slots' and groups' names below the axis.
     """
     ax.set_yscale("log", base=2)
     ax.set_ylim(*span)
@@ -97,7 +98,7 @@ def draw(
         _letters(ax, x, slot, small)
     _clipped_values(ax, xs, slots, span, small)
     ax.axhline(1, color=_OUTLINE, linewidth=0.8, zorder=3)
-    _labels(ax, xs, slots, rows=_clipped_rows(slots, span), written=labels)
+    labels(ax, xs, slots, rows=_clipped_rows(slots, span), written=named)
     ticks(ax, span)
 
 
@@ -175,7 +176,7 @@ def _clipped_values(
             row += 1
 
 
-def _labels(ax: Axes, xs: Sequence[float], slots: Sequence[Slot], rows: int, written: bool) -> None:
+def labels(ax: Axes, xs: Sequence[float], slots: Sequence[Slot], rows: int = 0, written: bool = True) -> None:
     """A rule between groups; if ``written``, slot labels under the axis (below the clipped values), and groups below those."""
     ax.set_xticks([])
     drop = -8.5 - 6.5 * rows
@@ -183,18 +184,19 @@ def _labels(ax: Axes, xs: Sequence[float], slots: Sequence[Slot], rows: int, wri
     for x, slot in zip(xs, slots, strict=True):
         if written:
             for line, text in enumerate(slot.label.split("\n")):
-                _below(ax, x, drop - 7.0 * line, text, 5.8)
+                below(ax, x, drop - 7.0 * line, text, 5.8)
     first = 0
     for i in range(1, len(slots) + 1):
         if i == len(slots) or slots[i].group != slots[first].group:
             if written:
-                _below(ax, (xs[first] + xs[i - 1]) / 2, drop - 7.0 * tall - 2.5, slots[first].group, 7.0, weight="bold")
+                below(ax, (xs[first] + xs[i - 1]) / 2, drop - 7.0 * tall - 2.5, slots[first].group, 7.0, weight="bold")
             if i < len(slots):
                 ax.axvline((xs[i - 1] + xs[i]) / 2, color="#BBBBBB", linewidth=0.6, linestyle=(0, (3, 2)), zorder=0)
             first = i
 
 
-def _below(ax: Axes, x: float, drop: float, text: str, size: float, **kwargs: object) -> None:
+def below(ax: Axes, x: float, drop: float, text: str, size: float, **kwargs: object) -> None:
+    """Text whose baseline lies ``drop`` points from the axis, downwards if negative."""
     ax.annotate(
         text, (x, 0), xycoords=("data", "axes fraction"), xytext=(0, drop), textcoords="offset points", ha="center",
         va="baseline", fontsize=size, annotation_clip=False, **kwargs,

@@ -93,7 +93,7 @@ def _page(page: GpuPage, data: _Data, metric: str) -> Page:
         return empty_page(title, captions.subtitle(page, data.rows), reason)
     all_bars = data.all_bars(methods)
     ratios = [b.ratio for b in all_bars if b.ratio is not None]
-    span = bars.limits(ratios, [b.ratio for b in all_bars if b.ratio is not None and b.method == "stof"])
+    span = bars.limits(ratios, [b.ratio for b in all_bars if b.ratio is not None and b.method == "stof"], room=2**0.8)
     drawn = Page(
         title, captions.subtitle(page, data.rows), _caption(page, data, methods, metric, min(ratios) < span[0])
     )
@@ -123,7 +123,7 @@ def _panels(drawn: Page, data: _Data, methods: Sequence[str], span: tuple[float,
             bars.Slot(str(p[1]), f"batch {p[0]}", tuple(data.bar(mask, p, m) for m in methods)) for p in data.problems
         ]
         last = i // columns == grid_rows - 1
-        bars.draw(ax, slots, colors, span, values_for=("stof",), small=4.8, labels=last or not strips)
+        bars.draw(ax, slots, colors, span, values_for=("stof",), small=4.8, named=last or not strips)
         ax.set_title(mask_label(mask))
         ax.set_title(_summary(slots, data.published), loc="right", fontsize=7, fontweight="normal")
         if i % columns == 0:

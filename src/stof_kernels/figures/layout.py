@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 A4_LANDSCAPE = (11.69, 8.27)
-A4_PORTRAIT = (8.27, 11.69)
 MARGIN = 0.45
 _TITLE_SIZE, _SUBTITLE_SIZE, CAPTION_SIZE = 12.0, 9.0, 7.0
 _LEADING = 1.4

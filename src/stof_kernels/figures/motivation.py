@@ -104,7 +104,7 @@ def _page(pair: Pair, page: GpuPage, rows: Sequence[Measurement], panels: Sequen
     width = (drawn.right - drawn.left - gap * (len(panels) - 1)) / len(panels)
     for i, panel in enumerate(panels):
         x = drawn.left + i * (width + gap)
-        ax = drawn.figure.add_axes(drawn.box(x + left, drawn.bottom + 0.85, x + width, drawn.top - 0.35))
+        ax = drawn.figure.add_axes(drawn.box(x + left, drawn.bottom + 0.85, x + width, drawn.top - 0.42))
         _draw(ax, panel, span, first=i == 0)
     return drawn
 
@@ -134,23 +134,23 @@ def _draw(ax: Axes, panel: _Panel, span: tuple[float, float], first: bool) -> No
         text = ("▼ " if shown != b.ratio else "") + bars.short(b.ratio) + star
         ax.annotate(
             text, (i, shown), xytext=(0, 2 if up else -2), textcoords="offset points", ha="center",
-            va="bottom" if up else "top", fontsize=6.3,
+            va="bottom" if up else "top", fontsize=6.3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
         )  # fmt: skip
     ax.axhline(1, color="#222222", linewidth=0.8, zorder=3)
     ax.set_xlim(-0.6, len(panel.sizes) - 0.4)
-    ax.set_xticks(range(len(panel.sizes)), [f"G{i + 1}\n{b}\n{s}\n{h}" for i, (b, s, h) in enumerate(panel.sizes)])
+    ax.set_xticks([])
+    for i, size in enumerate(panel.sizes):
+        for line, text in enumerate((f"G{i + 1}", *map(str, size))):
+            bars.below(ax, i, -9.5 - 8.0 * line, text, 6.3)
+    for line, word in enumerate(("batch", "length", "hidden"), 1):
+        if first:
+            bars.below(ax, -1.35, -9.5 - 8.0 * line, word, 6.3, style="italic")
     bars.ticks(ax, span)
-    for line, word in enumerate(("", "batch", "length", "hidden")):
-        if first and word:
-            ax.annotate(
-                word, (0, 0), xycoords="axes fraction", xytext=(-4, -10.6 - 8.05 * line), textcoords="offset points",
-                ha="right", va="baseline", fontsize=6.0, style="italic",
-            )  # fmt: skip
     ratios = [b.ratio for b in panel.bars if b.ratio is not None]
     wins = sum(r > 1 for r in ratios)
-    ax.set_title(OPERATORS.get(panel.operator, panel.operator))
-    ax.set_title(f"geometric mean {cells.geomean(ratios):.2f}×, faster in {wins} of {len(ratios)}", loc="right", fontsize=6.5,
-                 fontweight="normal")  # fmt: skip
+    ax.set_title(OPERATORS.get(panel.operator, panel.operator), pad=14)
+    mean = f"geometric mean {cells.geomean(ratios):.2f}×, faster in {wins} of {len(ratios)}" if ratios else "no bar"
+    ax.annotate(mean, (0, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points", fontsize=6.8)
     if first:
         ax.set_ylabel("speedup (log scale)")
 
