@@ -12,6 +12,7 @@ rule bench:
     wildcard_constraints:
         gpu=any_of(MEASURED),
         experiment=any_of(config["experiments"]),
+        method=any_of(spec.id for spec in all_methods()),
     conda:
         "../envs/stof.yaml"
     # All cores and the GPU: nothing else runs beside a measurement.
@@ -27,7 +28,8 @@ rule bench:
             config, wildcards.experiment, MEASURED[wildcards.gpu].device
         ),
         code=lambda wildcards: digest_of(
-            "bench.py", get_method(wildcards.method).depends
+            "bench.py",
+            get_method(wildcards.method).depends_on(MEASURED[wildcards.gpu].device),
         ),
     script:
         "../workflow/scripts/bench.py"

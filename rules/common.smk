@@ -1,15 +1,18 @@
 # The checked configuration, the resolved GPUs, and the paths and helper functions that the rules share.
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import yaml
 from snakemake.logging import logger
 from snakemake.utils import validate
+from stof_kernels.baselines import all_methods
 from stof_kernels.baselines import get as get_method
 from stof_kernels.benchmarking import config as checks
 from stof_kernels.benchmarking import targets
 from stof_kernels.benchmarking.experiments import EXPERIMENTS
+from stof_kernels.benchmarking.records import provenance_of
 from stof_kernels.figures import FIGURES
 from stof_kernels.kernels.build import TARGETS as BUILDABLE
 from stof_kernels.kernels.build import source_digest
@@ -74,8 +77,9 @@ def any_of(names):
 
 
 def digest_of(script, depends):
-    """Digest over what a rule's result depends on: package code by name, and the rule's script. Comments do not count."""
-    return f"{code_digest(depends)} {normalized_source(ROOT / 'workflow' / 'scripts' / script)}"
+    """What a rule's result depends on: package code by name, and the rule's script. Comments do not count."""
+    own = normalized_source(ROOT / "workflow" / "scripts" / script)
+    return f"{code_digest(depends)} {sha256(own.encode()).hexdigest()[:12]}"
 
 
 def manifest(arch):
@@ -98,7 +102,9 @@ def extension_of(wildcards):
     """Input of a measuring job: the build for its architecture if the method runs compiled code of ours, else nothing."""
     spec, target = get_method(wildcards.method), MEASURED[wildcards.gpu]
     runs = not spec.why_not(wildcards.experiment, target.device)
-    compiled = any(Path(name).parts[0] == "kernels" for name in spec.depends)
+    compiled = any(
+        name.startswith("kernels") for name in spec.depends_on(target.device)
+    )
     return manifest(target.arch) if runs and compiled else []
 
 
@@ -128,6 +134,7 @@ def tables_of(experiment):
     return measured_tables(experiment) + recorded
 
 
-def provenance_of(tables):
-    """The file beside each table that says where its rows come from."""
-    return [str(Path(table).with_suffix(".provenance.json")) for table in tables]
+def sources_of(experiment):
+    """The tables of one experiment and the files that say where their rows come from."""
+    tables = tables_of(experiment)
+    return tables + [str(provenance_of(Path(table))) for table in tables]

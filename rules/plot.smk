@@ -10,10 +10,10 @@ for figure in FIGURES.values():
             tables=[
                 f"results/tables/{experiment}.csv" for experiment in figure.experiments
             ],
-            provenance=[
+            sources=[
                 path
                 for experiment in figure.experiments
-                for path in provenance_of(tables_of(experiment))
+                for path in sources_of(experiment)
             ],
         output:
             pdf=report(

@@ -15,4 +15,6 @@ with job(snakemake.log[0]):
     from stof_kernels.kernels import build, manifest
 
     build(snakemake.wildcards.arch)
-    Path(snakemake.output[0]).write_text(json.dumps(manifest(snakemake.wildcards.arch), indent=2) + "\n", encoding="utf-8")
+    Path(snakemake.output[0]).write_text(
+        json.dumps(manifest(snakemake.wildcards.arch), indent=2) + "\n", encoding="utf-8"
+    )

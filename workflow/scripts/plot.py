@@ -14,12 +14,13 @@ with job(snakemake.log[0]):
     from stof_kernels.benchmarking.pages import page_facts
     from stof_kernels.figures import GpuPage, draw
 
-    params, provenance = snakemake.params, [Path(path) for path in snakemake.input.provenance]
+    params = snakemake.params
+    sources = [Path(path) for path in snakemake.input.sources if path.endswith(".csv")]
     draw(
         params.figure,
         tables=dict(zip(params.experiments, snakemake.input.tables, strict=True)),
         pages=[
-            GpuPage(name, label, source, **page_facts(name, source, params.experiments, provenance))
+            GpuPage(name, label, source, **page_facts(name, source, params.experiments, sources))
             for name, label, source in params.targets
         ],
         pdf=Path(snakemake.output.pdf),

@@ -6,7 +6,6 @@ No torch: Snakemake calls this while it parses the workflow.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from stof_kernels import masks
 from stof_kernels.baselines import MethodSpec, methods_for
 
 from .measurement import MeasurementError, read_rows
+from .records import RecordError, read_provenance
 
 ALL = "all"
 
@@ -101,10 +101,10 @@ def _check_once(where: str, batches: list[int]) -> None:
 def check_recorded(recorded: Path, gpu: str) -> None:
     """ConfigError unless every recorded table of ``gpu`` is one, holds rows of its own path only and has its provenance."""
     for path in sorted((recorded / gpu).rglob("*.csv")):
-        _check_provenance(path.with_suffix(".provenance.json"))
         try:
             rows = read_rows(path)
-        except MeasurementError as error:
+            read_provenance(path)
+        except (MeasurementError, RecordError) as error:
             raise ConfigError(f"recorded rows: {error}") from None
         own = {"gpu": gpu, "experiment": path.parent.name, "method": path.stem}
         for row in rows:
@@ -114,17 +114,6 @@ def check_recorded(recorded: Path, gpu: str) -> None:
                     raise ConfigError(
                         f"recorded rows: {path}: a row of {column} {found!r}, allowed: {expected!r} (its path)"
                     )
-
-
-def _check_provenance(path: Path) -> None:
-    try:
-        holds_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except OSError as error:
-        raise ConfigError(f"recorded rows: {path}: cannot be read ({error.strerror}), every table needs one") from None
-    except ValueError:
-        holds_object = False
-    if not holds_object:
-        raise ConfigError(f"recorded rows: {path}: allowed: one JSON object, as a measuring job writes it")
 
 
 def selected_methods(config: Mapping[str, Any], experiment: str) -> list[MethodSpec]:
