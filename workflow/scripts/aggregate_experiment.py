@@ -1,7 +1,5 @@
 """Put the rows of all methods and GPUs of one experiment into one table, unchanged."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from stof_kernels.benchmarking.jobs import job

@@ -1,7 +1,5 @@
 """Measure one method in one experiment on one GPU."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,5 @@
 """Build the extension for one architecture and write down what was built."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,7 +1,5 @@
 """Draw one figure: a page per configured GPU, and the table behind it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
