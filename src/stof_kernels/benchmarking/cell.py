@@ -141,14 +141,14 @@ def _kept(problem: Problem) -> float:
 
 @contextmanager
 def _released_memory(device: str) -> Iterator[None]:
-    """Give memory back after a cell, so that one method's peak is not the next cell's out-of-memory."""
+    """Give GPU memory back after a cell, so that one cell's peak is not the next one's out-of-memory."""
     try:
         yield
     finally:
-        gc.collect()
         if device == "cuda":
             import torch
 
+            gc.collect()  # compiled functions sit in reference cycles
             torch.cuda.empty_cache()
 
 
