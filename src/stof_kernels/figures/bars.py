@@ -131,7 +131,7 @@ def _value(ax: Axes, middle: float, width: float, ratio: float, size: float) -> 
     up = ratio >= 1
     narrow = width * _points_per_slot(ax) < size * 1.1
     ax.annotate(
-        short(ratio), (middle - width / 2 if narrow else middle, ratio), xytext=(0, 1.5 if up else -1.5),
+        short(ratio), (middle - width / 2 if narrow else middle, ratio), xytext=(0.6 * narrow, 1.5 if up else -1.5),
         textcoords="offset points", ha="left" if narrow else "center", va="bottom" if up else "top", fontsize=size,
         rotation=90, color="#222222",
     )  # fmt: skip

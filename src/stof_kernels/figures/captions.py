@@ -75,6 +75,24 @@ def no_rows(page: GpuPage, experiment: str, hint: str = "") -> str:
     return " ".join(part for part in (page.missing_reason or default, hint) if part)
 
 
+def reimplemented(rows: Iterable[Measurement], methods: Iterable[str]) -> list[str]:
+    """Which of the methods are someone's own version of a published system: ours, or in published rows the authors'."""
+    if is_published(rows):
+        return [method for method in methods if method == "splat"]
+    from stof_kernels.baselines import registry
+
+    ours = {spec.id for spec in registry.all_methods() if spec.reimplemented}
+    return [method for method in methods if method in ours]
+
+
+def rewritten_note(rows: Iterable[Measurement], methods: Iterable[str]) -> str:
+    """Explains the mark of `reimplemented` methods."""
+    rows = list(rows)
+    found = [look(method).label for method in reimplemented(rows, methods)]
+    who = "by the paper's authors" if is_published(rows) else "here"
+    return f"§ re-implemented {who}: {', '.join(found)}." if found else ""
+
+
 def stale(page: GpuPage, methods: Iterable[str]) -> str:
     """Which of the methods older code measured."""
     old = [look(method).label for method in methods if method in page.stale]

@@ -93,20 +93,27 @@ def _page(page: GpuPage, data: _Data, metric: str) -> Page:
         return empty_page(title, captions.subtitle(page, data.rows), reason)
     all_bars = data.all_bars(methods)
     ratios = [b.ratio for b in all_bars if b.ratio is not None]
-    span = bars.limits(ratios, [b.ratio for b in all_bars if b.ratio is not None and b.method == "stof"], room=2**0.8)
+    printed = [b.ratio for b in all_bars if b.ratio is not None and b.method == "stof"]
+    span = bars.limits(ratios, printed, room=2 ** (1.1 if _strips(data, methods) else 0.8))
     drawn = Page(
         title, captions.subtitle(page, data.rows), _caption(page, data, methods, metric, min(ratios) < span[0])
     )
-    marks = {m: (" †" if m in data.repeated else "") + (" ‡" if m in page.stale else "") for m in methods}
+    rewritten = captions.reimplemented(data.rows, methods)
+    signs = ((" †", data.repeated), (" ‡", page.stale), (" §", rewritten))
+    marks = {m: "".join(sign for sign, where in signs if m in where) for m in methods}
     exactness = [b.exact for b in all_bars if b.ratio is not None]
     drawn.legend(*bars.legend_entries(methods, look, exactness, _BASELINE, marks), intro="Left to right:")
     _panels(drawn, data, methods, span)
     return drawn
 
 
+def _strips(data: _Data, methods: Sequence[str]) -> bool:
+    return len(methods) >= _WIDE_FROM or len(data.masks) == 1
+
+
 def _panels(drawn: Page, data: _Data, methods: Sequence[str], span: tuple[float, float]) -> None:
     """2 x 2 panels, or, when that would make the bars too narrow to print, strips of full width over one set of labels."""
-    strips = len(methods) >= _WIDE_FROM or len(data.masks) == 1
+    strips = _strips(data, methods)
     columns = 1 if strips else 2
     grid_rows = -(-len(data.masks) // columns)
     colors = {m: look(m).color for m in methods}
@@ -163,6 +170,11 @@ def _caption(page: GpuPage, data: _Data, methods: Sequence[str], metric: str, cl
             f"† {labels}: one series whose log is of one mask or of none; drawn in every panel, as in the paper."
         )
     notes.append(captions.stale(page, methods))
+    notes.append(captions.rewritten_note(data.rows, methods))
+    if any(b.exact is False and b.ratio is not None for b in data.all_bars(methods)):
+        notes.append(
+            "Crossed bars (not exact): the method cannot apply the panel's mask and was timed with one that it can."
+        )
     if data.published:
         notes.append(
             "The published numbers differ in protocol from measured pages: fixed mask widths (window 64, others 32) where "

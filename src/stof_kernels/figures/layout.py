@@ -80,11 +80,13 @@ class Page:
         self.top -= size * _LEADING / _INCH
 
     def _caption(self, paragraphs: Sequence[str]) -> float:
-        """Draw the caption's paragraphs upwards from the bottom margin; the height where they end."""
+        """Draw the caption's paragraphs so that the last line is on the bottom margin; the height where they begin."""
         lines = [line for text in paragraphs for line in wrap(text, self.right - self.left)]
         step = CAPTION_SIZE * _LEADING / _INCH
-        for i, line in enumerate(reversed(lines)):
-            self.text(self.left, MARGIN * 0.8 + i * step, line, size=CAPTION_SIZE, va="bottom", color="#222222")
+        for i, line in enumerate(lines, start=1):  # in reading order, for those who copy it or have it read to them
+            self.text(
+                self.left, MARGIN * 0.8 + (len(lines) - i) * step, line, size=CAPTION_SIZE, va="bottom", color="#222222"
+            )
         return MARGIN * 0.8 + len(lines) * step
 
     def text(self, x: float, y: float, text: str, **kwargs: object) -> None:

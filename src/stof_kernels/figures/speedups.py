@@ -78,7 +78,8 @@ def _page(
     ratios = [b.ratio for b in all_bars if b.ratio is not None]
     span = bars.limits(ratios, ratios)
     drawn = Page(title, subtitle, _caption(panel, page, rows, all_bars, with_bars))
-    marks = {m: " ‡" for m in with_bars if m in page.stale}
+    signs = ((" ‡", page.stale), (" §", captions.reimplemented(rows, with_bars)))
+    marks = {m: "".join(sign for sign, where in signs if m in where) for m in with_bars}
     exactness = [b.exact for b in all_bars if b.ratio is not None]
     drawn.legend(*bars.legend_entries(with_bars, look, exactness, _BASELINE, marks), intro="Left to right:")
     ax = drawn.figure.add_axes(drawn.box(drawn.left + 0.38, drawn.bottom + 0.75, drawn.right, drawn.top - 0.3))
@@ -111,6 +112,7 @@ def _caption(
         + captions.metric("latency", published),
         cells.footnotes(all_bars, lambda m: look(m).label),
         captions.stale(page, methods),
+        captions.rewritten_note(rows, methods),
     ]
     if published:
         paragraphs.append(f"{captions.LABEL_EXCHANGE} {panel.remark}".strip())
