@@ -52,7 +52,8 @@ class BlockWise {
       : p(problem), layout(layout), ring(ring), group(group), lane(threadIdx.x & 31),
         warp((threadIdx.x >> 5) % C::kWarps) {}
 
-  __device__ void run(const int* item, int copy);
+  __device__ void place(const int* item, int copy);
+  __device__ void run(const int* item);
   __device__ void merge_groups(float* shared);
   __device__ void write_output(unsigned char* shared);
   __device__ void write_part(int part, int copy);
@@ -67,9 +68,10 @@ class BlockWise {
   const uint32_t ring;  // shared memory of this group
   const int group, lane, warp;
   Instance at;
-  int row0;              // first query of the tile
-  int first_tile, tiles; // this group's first key tile and how many it has, kGroups apart
-  int full_tiles, first_slot;
+  int row0;                    // first query of the tile
+  const T *k, *v;              // of this head
+  int first_tile, full_tiles;  // of the item: its first key tile, and how many lead that need no mask
+  int first_slot;
 
   static constexpr int kWarpKeys = C::kKeys / C::kWarps;                    // keys of a step that a warp loads
   static constexpr int kWarpRuns = kWarpKeys > kRun ? kWarpKeys / kRun : 1;
@@ -119,8 +121,8 @@ __device__ __forceinline__ typename BlockWise<C>::Runs BlockWise<C>::runs_of(int
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::load_step(int step, const Runs& runs) const {
   const uint32_t base = stage(step % C::kStages);
-  const T* k = static_cast<const T*>(p.k) + at.batch * p.k_stride.batch + at.kv_head * p.k_stride.head;
-  const T* v = static_cast<const T*>(p.v) + at.batch * p.v_stride.batch + at.kv_head * p.v_stride.head;
+  // Offsets inside one head fit 32 bits (the caller packs what does not): registers are short here.
+  const uint32_t k_step = static_cast<uint32_t>(p.k_stride.row), v_step = static_cast<uint32_t>(p.v_stride.row);
 #pragma unroll
   for (int r = 0; r < kWarpRuns; ++r) {
     const int key0 = runs.col[r] < 0 ? p.kv_len : runs.col[r] * kRun + (warp * kWarpKeys) % kRun;
@@ -130,10 +132,9 @@ __device__ __forceinline__ void BlockWise<C>::load_step(int step, const Runs& ru
       const int key = key0 + row, tile_row = warp * kWarpKeys + r * kRun + row;
       const bool valid = key < p.kv_len && chunk * 8 < p.head_dim;
       const uint32_t dst = base + tile_row * C::kRowBytes + swizzle<C::kChunks>(tile_row, chunk) * 16;
-      const int64_t safe_key = valid ? key : 0;
-      const int safe_chunk = valid ? chunk * 8 : 0;
-      copy_async16(dst, k + safe_key * p.k_stride.row + safe_chunk, valid);
-      copy_async16(dst + C::kKeys * C::kRowBytes, v + safe_key * p.v_stride.row + safe_chunk, valid);
+      const uint32_t source = valid ? key : 0, dim = valid ? chunk * 8 : 0;
+      copy_async16(dst, k + (source * k_step + dim), valid);
+      copy_async16(dst + C::kKeys * C::kRowBytes, v + (source * v_step + dim), valid);
     }
   }
 }
@@ -193,7 +194,7 @@ __device__ __forceinline__ void BlockWise<C>::scores(float (&s)[C::kBlocks][C::k
       load_matrices(b, offset + n * 16 * C::kRowBytes);
 #pragma unroll
       for (int m = 0; m < C::kBlocks; ++m) {
-        const uint32_t(&a)[4] = C::kQueriesInRegisters ? q[m][k] : reload[m];
+        const uint32_t* a = C::kQueriesInRegisters ? q[m][k] : reload[m];
         Element<T>::multiply(s[m][2 * n], a, b[0], b[1]);
         Element<T>::multiply(s[m][2 * n + 1], a, b[2], b[3]);
       }

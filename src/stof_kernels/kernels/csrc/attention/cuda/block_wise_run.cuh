@@ -7,19 +7,25 @@
 
 namespace stof::cuda {
 
-// One work item: every key tile of the list, then the output or a part of it.
+// Where the item lies in q, and which head it is for.
 template <class C>
-__device__ __forceinline__ void BlockWise<C>::run(const int* item, int copy) {
+__device__ __forceinline__ void BlockWise<C>::place(const int* item, int copy) {
+  const int tile = __ldg(item), plane = tile / layout.q_tiles;
+  at = instance_of(p, plane, copy);
+  row0 = (tile - plane * layout.q_tiles) * C::kRows;
+}
+
+// Every key tile of one work item.
+template <class C>
+__device__ __forceinline__ void BlockWise<C>::run(const int* item) {
   const int4 head = __ldg(reinterpret_cast<const int4*>(item));
   const int4 more = __ldg(reinterpret_cast<const int4*>(item) + 1);
-  const int plane = head.x / layout.q_tiles;
-  at = instance_of(p, plane, copy);
-  row0 = (head.x - plane * layout.q_tiles) * C::kRows;
+  k = static_cast<const T*>(p.k) + at.batch * p.k_stride.batch + at.kv_head * p.k_stride.head;
+  v = static_cast<const T*>(p.v) + at.batch * p.v_stride.batch + at.kv_head * p.v_stride.head;
   first_tile = head.y;
-  tiles = (head.z - group + C::kGroups - 1) / C::kGroups;
   full_tiles = more.x;
   first_slot = more.y;
-  const int steps = tiles * C::kSteps;
+  const int steps = (head.z - group + C::kGroups - 1) / C::kGroups * C::kSteps;  // of this group
 
   // The item carries its first tile's runs, so the first keys need not wait for the column list.
   load_queries();
@@ -42,8 +48,6 @@ __device__ __forceinline__ void BlockWise<C>::run(const int* item, int copy) {
     copy_async_commit();
   }
   if (C::kStages - 1 < steps) next = runs_of(C::kStages - 1);
-  uint32_t words[C::kBlocks], next_words[C::kBlocks];
-  if (steps > 0) words_of(0, next_words);
 
 #pragma unroll
   for (int m = 0; m < C::kBlocks; ++m) {
@@ -63,6 +67,7 @@ __device__ __forceinline__ void BlockWise<C>::run(const int* item, int copy) {
       for (int k = 0; k < C::kDim / 16; ++k) query_fragment(q[m][k], m, k);
   }
 
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<C::kStages - 2>();
     sync();  // the step has arrived for all, and all are done with the stage that is refilled now
@@ -71,9 +76,8 @@ __device__ __forceinline__ void BlockWise<C>::run(const int* item, int copy) {
       if (step + C::kStages < steps) next = runs_of(step + C::kStages);
     }
     copy_async_commit();
-#pragma unroll
-    for (int m = 0; m < C::kBlocks; ++m) words[m] = next_words[m];
-    if (step + 1 < steps) words_of(step + 1, next_words);
+    uint32_t words[C::kBlocks];
+    words_of(step, words);  // arrives under the product below
 
     const uint32_t keys = stage(step % C::kStages);
     float s[C::kBlocks][C::kKeys / 8][4];
@@ -188,34 +192,45 @@ __device__ __forceinline__ void BlockWise<C>::write_part(int part, int copy) {
     }
 }
 
+// This block's item and copy. Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies
+// come first.
+__device__ __forceinline__ const int* find_item(const BlockLayout& layout, int& copy) {
+  // Volatile, so that a second call computes anew instead of holding registers.
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  const int items = layout.exact ? layout.item_limit : *static_cast<const volatile int*>(layout.header);
+  const int whole = items * layout.copy_group;
+  const int first_copy = block / whole * layout.copy_group;
+  const int side = min(layout.copy_group, layout.copies - first_copy);
+  const int index = block % whole;
+  copy = first_copy + index % side;
+  return layout.items + static_cast<int64_t>(index / side) * kItemInts;
+}
+
 template <class C, int kMinBlocks>
 __global__ void __launch_bounds__(C::kThreads* C::kGroups, kMinBlocks)
     block_wise_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout) {
   extern __shared__ __align__(128) unsigned char shared[];
-  int items = layout.item_limit;
   if (!layout.exact) {
     if (layout.header[6] != 0 || p.counts[3] != 0) {
       fill_with_nan<typename C::T>(p);
       return;
     }
-    items = layout.header[0];
+    if (blockIdx.x >= static_cast<uint32_t>(layout.header[0]) * layout.copies) return;
   }
-  if (blockIdx.x >= static_cast<uint32_t>(items) * layout.copies) return;
-  // Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies come first.
-  const int whole = items * layout.copy_group;
-  const int first_copy = blockIdx.x / whole * layout.copy_group;
-  const int side = min(layout.copy_group, layout.copies - first_copy);
-  const int index = blockIdx.x % whole;
-  const int copy = first_copy + index % side;
-  const int* item = layout.items + static_cast<int64_t>(index / side) * kItemInts;
-
   const int group = threadIdx.x / C::kThreads;
   BlockWise<C> work(p, layout, shared_address(shared) + group * C::kGroupBytes, group);
-  work.run(item, copy);
+  int copy;
+  const int* item = find_item(layout, copy);
+  work.place(item, copy);
+  work.run(item);
   if (C::kGroups > 1) {
     work.merge_groups(reinterpret_cast<float*>(shared));
     if (group > 0) return;
   }
+  // Found again rather than held: the loop above has no registers to spare.
+  item = find_item(layout, copy);
+  work.place(item, copy);
   const int part = __ldg(item + 3);
   if (part < 0) work.write_output(shared);
   else work.write_part(part, copy);

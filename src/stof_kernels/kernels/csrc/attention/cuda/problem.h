@@ -76,9 +76,20 @@ enum class Shape : int {
 cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
 cudaError_t launch_combine(const Problem& problem, const BlockLayout& layout, cudaStream_t stream);
 cudaError_t launch_row_wise(const Problem& problem, const CellLists& lists, cudaStream_t stream);
-// Head dim that the kernels compute with for an actual one of 8..256.
-int padded_head_dim(int head_dim);
-// Whether the shape exists for this head dim; every head dim has kWide.
+// Whether some instantiation of the shape serves this head dim; every head dim has kWide.
 bool has_shape(Shape shape, int head_dim, bool has_bias);
+
+using BlockWiseLauncher = cudaError_t (*)(const Problem&, const BlockLayout&, cudaStream_t);
+
+// One instantiation; the table is generated from kernels/instances.py.
+struct BlockWiseEntry {
+  Shape shape;
+  int dim;  // head dims up to this one
+  bool is_bf16, has_bias;
+  BlockWiseLauncher launch;
+};
+
+extern const BlockWiseEntry kBlockWiseTable[];
+extern const int kBlockWiseEntries;
 
 }  // namespace stof::cuda

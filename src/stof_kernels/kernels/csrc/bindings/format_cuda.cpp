@@ -1,0 +1,242 @@
+// stof::build_cells and the block-wise layout on CUDA: compact forms, which read sizes back once, and forms that fill given
+// buffers without touching the host.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "attention/cuda/problem.h"
+#include "cuda_common.h"
+#include "format/cuda/format.h"
+
+namespace stof::bindings {
+namespace {
+
+using namespace stof::cuda;
+
+constexpr int64_t kCell = 16;
+constexpr int kBlocksPerMultiprocessor = 4;  // blocks of the block-wise kernel that run at once
+
+// Capacities go in powers of two from 64: masks of about one size share one shape.
+int64_t padded(int64_t n) {
+  int64_t capacity = 64;
+  while (capacity < n) capacity *= 2;
+  return capacity;
+}
+
+Tensor ints(const Tensor& like, std::vector<int64_t> size) {
+  return torch::stable::new_empty(like, size, ScalarType::Int);
+}
+
+DenseMask dense_of(const char* op, const Tensor& keep) {
+  STD_TORCH_CHECK(keep.scalar_type() == ScalarType::Bool, op, ": keep has dtype ",
+                  torch::headeronly::toString(keep.scalar_type()), ", it must be Bool");
+  STD_TORCH_CHECK(keep.dim() == 4, op, ": keep has shape ", shape(keep), ", it must be (batch or 1, heads or 1, Lq, Lk)");
+  STD_TORCH_CHECK(keep.size(0) * keep.size(1) * ceil_div(keep.size(2), kCell) * std::max<int64_t>(1, ceil_div(keep.size(3), kCell)) <=
+                      std::numeric_limits<int32_t>::max(),
+                  op, ": keep has shape ", shape(keep), ", that is more than 2**31 - 1 cells of 16 x 16");
+  return {data_of<const uint8_t>(keep), keep.stride(0), keep.stride(1), keep.stride(2), keep.stride(3),
+          static_cast<int>(keep.size(1)), static_cast<int>(keep.size(0) * keep.size(1)),
+          static_cast<int>(keep.size(2)), static_cast<int>(keep.size(3))};
+}
+
+struct Scratch {
+  Tensor words, strips;
+  CellScratch view;
+};
+
+Scratch scratch_of(const Tensor& keep, const DenseMask& mask) {
+  const int64_t strips = mask.planes * ceil_div(mask.q_len, kCell), cells = ceil_div(mask.kv_len, kCell);
+  Tensor words = torch::stable::new_empty(keep, {strips, cells, kCell}, ScalarType::Short);
+  Tensor per_strip = ints(keep, {strips, 4});
+  const CellScratch view{data_of<uint16_t>(words), data_of<int4>(per_strip)};
+  return {words, per_strip, view};
+}
+
+CellBuffers buffers_of(const Tensor& strip_ptr, const Tensor& cell_col, const Tensor& cell_slot, const Tensor& cell_bits,
+                       const Tensor& counts) {
+  return {data_of<int>(strip_ptr), data_of<int>(cell_col), data_of<int>(cell_slot), data_of<uint16_t>(cell_bits),
+          data_of<int64_t>(counts), cell_col.size(0), cell_bits.size(0)};
+}
+
+template <typename T, size_t kCount>
+std::array<T, kCount> read_back(const char* op, const T* device, cudaStream_t stream) {
+  std::array<T, kCount> host;
+  check_launch(op, cudaMemcpyAsync(host.data(), device, sizeof(host), cudaMemcpyDeviceToHost, stream));
+  check_launch(op, cudaStreamSynchronize(stream));
+  return host;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_cells(Tensor keep) {
+  constexpr const char* op = "build_cells";
+  const DenseMask mask = dense_of(op, keep);
+  const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
+  const cudaStream_t stream = current_stream(keep);
+  const Scratch scratch = scratch_of(keep, mask);
+  Tensor strip_ptr = ints(keep, {mask.planes * ceil_div(mask.q_len, kCell) + 1});
+  Tensor counts = torch::stable::new_empty(keep, {4}, ScalarType::Long);
+  CellBuffers out{};
+  out.strip_ptr = data_of<int>(strip_ptr), out.counts = data_of<int64_t>(counts);
+  out.cell_capacity = out.bit_capacity = std::numeric_limits<int32_t>::max();
+  check_launch(op, pack_cells(mask, scratch.view, stream));
+  check_launch(op, scan_cells(mask, scratch.view, out, stream));
+  const auto count = read_back<int64_t, 4>(op, out.counts, stream);
+  Tensor cell_col = ints(keep, {count[0]}), cell_slot = ints(keep, {count[0]});
+  Tensor cell_bits = torch::stable::new_empty(keep, {count[1], kCell}, ScalarType::Short);
+  check_launch(op, emit_cells(mask, scratch.view, buffers_of(strip_ptr, cell_col, cell_slot, cell_bits, counts), stream));
+  return {strip_ptr, cell_col, cell_slot, cell_bits, counts};
+}
+
+void build_cells_out(Tensor keep, Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts) {
+  constexpr const char* op = "build_cells_out";
+  const DenseMask mask = dense_of(op, keep);
+  check_list("strip_ptr", strip_ptr, ScalarType::Int, {mask.planes * ceil_div(mask.q_len, kCell) + 1});
+  check_list("cell_col", cell_col, ScalarType::Int, {-1});
+  check_list("cell_slot", cell_slot, ScalarType::Int, {cell_col.size(0)});
+  check_list("cell_bits", cell_bits, ScalarType::Short, {-1, kCell});
+  check_list("counts", counts, ScalarType::Long, {4});
+  const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
+  const cudaStream_t stream = current_stream(keep);
+  const Scratch scratch = scratch_of(keep, mask);
+  const CellBuffers out = buffers_of(strip_ptr, cell_col, cell_slot, cell_bits, counts);
+  check_launch(op, pack_cells(mask, scratch.view, stream));
+  check_launch(op, scan_cells(mask, scratch.view, out, stream));
+  check_launch(op, emit_cells(mask, scratch.view, out, stream));
+}
+
+struct LayoutRequest {
+  CellView cells;
+  Chunking chunking;
+  int q_tile;
+  int64_t query_tiles;
+};
+
+LayoutRequest request_of(const char* op, const Tensor& strip_ptr, const Tensor& cell_col, const Tensor& cell_slot,
+                         const Tensor& cell_bits, const Tensor& counts, int64_t q_len, int64_t kv_len, int64_t planes,
+                         int64_t q_tile, int64_t kv_chunk, int64_t copies) {
+  STD_TORCH_CHECK(q_tile == 64 || q_tile == 128, op, ": q_tile is ", q_tile, ", it must be 64 or 128");
+  STD_TORCH_CHECK(kv_chunk >= -1 && kv_chunk < (1 << 24), op, ": kv_chunk is ", kv_chunk,
+                  ", it must be -1 (from copies), 0 (never cut) or a number of key tiles");
+  STD_TORCH_CHECK(copies >= 1, op, ": copies is ", copies, ", it must be at least 1");
+  STD_TORCH_CHECK(kv_len <= kMaxLayoutKeys, op, ": kv_len is ", kv_len, ", the block_wise layout takes at most ",
+                  kMaxLayoutKeys, "; use row_wise");
+  check_list("strip_ptr", strip_ptr, ScalarType::Int, {planes * ceil_div(q_len, kCell) + 1});
+  check_list("cell_col", cell_col, ScalarType::Int, {-1});
+  check_list("cell_slot", cell_slot, ScalarType::Int, {cell_col.size(0)});
+  check_list("cell_bits", cell_bits, ScalarType::Short, {-1, kCell});
+  check_list("counts", counts, ScalarType::Long, {4});
+  LayoutRequest request;
+  request.cells = {data_of<const int>(strip_ptr), data_of<const int>(cell_col), data_of<const int>(cell_slot),
+                   data_of<const uint16_t>(cell_bits), data_of<const int64_t>(counts), static_cast<int>(planes),
+                   static_cast<int>(q_len), static_cast<int>(kv_len)};
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, strip_ptr.get_device_index());
+  request.chunking = {static_cast<int>(kv_chunk), static_cast<int>(copies), multiprocessors * kBlocksPerMultiprocessor};
+  request.q_tile = static_cast<int>(q_tile);
+  request.query_tiles = planes * ceil_div(q_len, q_tile);
+  return request;
+}
+
+LayoutBuffers layout_of(const Tensor& ptr, const Tensor& col, const Tensor& slot, const Tensor& bits, int q_tile) {
+  int* header = data_of<int>(ptr);
+  return {header, header + kHeaderInts, data_of<int>(slot), data_of<int>(col), data_of<uint32_t>(bits), slot.size(0),
+          (ptr.size(0) - kHeaderInts) / kCombineInts, col.size(0), bits.size(0), q_tile};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_layout(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot,
+                                                                Tensor cell_bits, Tensor counts, int64_t q_len,
+                                                                int64_t kv_len, int64_t planes, int64_t q_tile,
+                                                                int64_t kv_chunk, int64_t copies) {
+  constexpr const char* op = "build_layout";
+  const LayoutRequest request = request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len, planes,
+                                           q_tile, kv_chunk, copies);
+  const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
+  const cudaStream_t stream = current_stream(strip_ptr);
+  Tensor scratch = ints(strip_ptr, {request.query_tiles, kQueryTileInts});
+  Tensor measured = ints(strip_ptr, {kHeaderInts});
+  LayoutBuffers out{};
+  out.header = data_of<int>(measured), out.q_tile = request.q_tile;
+  check_launch(op, count_tiles(request.cells, request.q_tile, data_of<int>(scratch), stream));
+  check_launch(op, schedule_items(request.cells, out, request.chunking, data_of<int>(scratch), stream));
+  const auto header = read_back<int, kHeaderInts>(op, out.header, stream);
+
+  Tensor ptr = ints(strip_ptr, {kHeaderInts + kCombineInts * padded(header[2])});
+  Tensor col = ints(strip_ptr, {padded(header[3]), 4}), slot = ints(strip_ptr, {padded(header[0]), kItemInts});
+  Tensor bits = ints(strip_ptr, {padded(header[4]), 2 * q_tile});
+  out = layout_of(ptr, col, slot, bits, request.q_tile);
+  check_launch(op, schedule_items(request.cells, out, request.chunking, data_of<int>(scratch), stream));
+  check_launch(op, fill_tiles(request.cells, out, data_of<int>(scratch), stream));
+  Tensor plan = torch::stable::empty({8}, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const int64_t words[8] = {1, q_tile, kv_chunk, 0, header[0], header[1], header[2], 0};
+  std::copy(words, words + 8, data_of<int64_t>(plan));
+  return {ptr, col, slot, bits, plan};
+}
+
+void build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, int64_t q_len,
+                      int64_t kv_len, int64_t planes, int64_t q_tile, int64_t kv_chunk, int64_t copies, Tensor ptr,
+                      Tensor col, Tensor slot, Tensor bits) {
+  constexpr const char* op = "build_layout_out";
+  const LayoutRequest request = request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len, planes,
+                                           q_tile, kv_chunk, copies);
+  check_list("ptr", ptr, ScalarType::Int, {-1});
+  check_list("col", col, ScalarType::Int, {-1, 4});
+  check_list("slot", slot, ScalarType::Int, {-1, kItemInts});
+  check_list("bits", bits, ScalarType::Int, {-1, 2 * q_tile});
+  STD_TORCH_CHECK(slot.size(0) >= request.query_tiles, op, ": slot has room for ", slot.size(0),
+                  " items, it must be at least the ", request.query_tiles, " query tiles");
+  const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
+  const cudaStream_t stream = current_stream(strip_ptr);
+  Tensor scratch = ints(strip_ptr, {request.query_tiles, kQueryTileInts});
+  const LayoutBuffers out = layout_of(ptr, col, slot, bits, request.q_tile);
+  check_launch(op, count_tiles(request.cells, request.q_tile, data_of<int>(scratch), stream));
+  check_launch(op, schedule_items(request.cells, out, request.chunking, data_of<int>(scratch), stream));
+  check_launch(op, fill_tiles(request.cells, out, data_of<int>(scratch), stream));
+}
+
+// Buffers of a fixed-capacity layout: room for `tiles` key tiles, each with a bitmap, and every cut kv_chunk may ask for.
+std::tuple<Tensor, Tensor, Tensor, Tensor> empty_layout(Tensor strip_ptr, int64_t q_len, int64_t planes, int64_t q_tile,
+                                                        int64_t kv_chunk, int64_t copies, int64_t tiles) {
+  constexpr const char* op = "empty_layout";
+  STD_TORCH_CHECK(q_tile == 64 || q_tile == 128, op, ": q_tile is ", q_tile, ", it must be 64 or 128");
+  STD_TORCH_CHECK(copies >= 1 && tiles >= 0, op, ": copies is ", copies, " and tiles ", tiles,
+                  ", they must be at least 1 and 0");
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, strip_ptr.get_device_index());
+  // Cutting at the fair share of the blocks adds at most that many items over all copies.
+  const int64_t cuts = kv_chunk < 0    ? std::min(ceil_div(multiprocessors * kBlocksPerMultiprocessor, copies), tiles)
+                       : kv_chunk == 0 ? 0
+                                       : tiles / kv_chunk;
+  const int64_t items = planes * ceil_div(q_len, q_tile) + cuts;
+  return {ints(strip_ptr, {kHeaderInts + kCombineInts * cuts}), ints(strip_ptr, {tiles, 4}),
+          ints(strip_ptr, {items, kItemInts}), ints(strip_ptr, {tiles, 2 * q_tile})};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stof, m) {
+  m.def(
+      "build_cells_out(Tensor keep, Tensor(a!) strip_ptr, Tensor(b!) cell_col, Tensor(c!) cell_slot, "
+      "Tensor(d!) cell_bits, Tensor(e!) counts) -> ()");
+  m.def(
+      "build_layout(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, SymInt q_len, "
+      "SymInt kv_len, SymInt planes, int q_tile, int kv_chunk, SymInt copies) -> (Tensor ptr, Tensor col, Tensor slot, "
+      "Tensor bits, Tensor plan)");
+  m.def(
+      "build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, "
+      "SymInt q_len, SymInt kv_len, SymInt planes, int q_tile, int kv_chunk, SymInt copies, Tensor(a!) ptr, "
+      "Tensor(b!) col, Tensor(c!) slot, Tensor(d!) bits) -> ()");
+  m.def(
+      "empty_layout(Tensor strip_ptr, SymInt q_len, SymInt planes, int q_tile, int kv_chunk, SymInt copies, "
+      "SymInt tiles) -> (Tensor ptr, Tensor col, Tensor slot, Tensor bits)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stof, CUDA, m) {
+  m.impl("build_cells", TORCH_BOX(&build_cells));
+  m.impl("build_cells_out", TORCH_BOX(&build_cells_out));
+  m.impl("build_layout", TORCH_BOX(&build_layout));
+  m.impl("build_layout_out", TORCH_BOX(&build_layout_out));
+  m.impl("empty_layout", TORCH_BOX(&empty_layout));
+}
+
+}  // namespace stof::bindings

@@ -1,0 +1,164 @@
+// Dense bool mask -> canonical cell lists, in three launches: bitmaps of all cells and counts per strip (the only pass over
+// the dense mask), a scan over the strips, and the lists.
+#include "format.h"
+#include "scan.cuh"
+
+namespace stof::cuda {
+namespace {
+
+constexpr int kCell = 16;
+constexpr int kPackThreads = 256;
+constexpr int kScanThreads = 1024;
+
+__host__ __device__ inline int cells_of(int length) { return (length + kCell - 1) / kCell; }
+
+// Bits of 16 bools; any non-zero byte counts as true.
+__device__ __forceinline__ uint32_t pack16(const uint4& bytes) {
+  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t ones = __vcmpne4(words[i], 0) & 0x01010101u;
+    bits |= (ones * 0x10204080u >> 28) << (4 * i);  // the product gathers the four lowest bits at the top
+  }
+  return bits;
+}
+
+template <bool kVector>
+__device__ __forceinline__ uint32_t row_bits(const uint8_t* row, int key, const DenseMask& mask) {
+  if (kVector) return pack16(__ldg(reinterpret_cast<const uint4*>(row + key)));
+  uint32_t bits = 0;
+  for (int c = 0; c < kCell && key + c < mask.kv_len; ++c)
+    bits |= static_cast<uint32_t>(row[(key + c) * mask.kv_stride] != 0) << c;
+  return bits;
+}
+
+__device__ __forceinline__ bool is_full(const uint16_t* words, int rows) {
+  uint32_t all = 0xffffu;
+  for (int r = 0; r < rows; ++r) all &= words[r];
+  return all == 0xffffu;
+}
+
+// A block per strip; a thread takes whole cells, so that the 16 rows of its cell are independent loads.
+template <bool kVector>
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(DenseMask mask, CellScratch scratch) {
+  const int strips = cells_of(mask.q_len), cells = cells_of(mask.kv_len);
+  const int plane = blockIdx.x / strips, strip = blockIdx.x % strips;
+  const int rows = min(kCell, mask.q_len - strip * kCell);
+  const uint8_t* base = mask.data + plane / mask.heads * mask.batch_stride + plane % mask.heads * mask.head_stride +
+                        static_cast<int64_t>(strip) * kCell * mask.q_stride;
+  int listed = 0, partial = 0, kept = 0;
+  for (int cell = threadIdx.x; cell < cells; cell += kPackThreads) {
+    __align__(16) uint16_t words[kCell];
+    uint32_t any = 0, all = 0xffffu;
+#pragma unroll
+    for (int r = 0; r < kCell; ++r) {
+      const uint32_t bits = r < rows ? row_bits<kVector>(base + r * mask.q_stride, cell * kCell, mask) : 0;
+      words[r] = static_cast<uint16_t>(bits);
+      any |= bits;
+      all &= r < rows ? bits : 0xffffu;
+      kept += __popc(bits);
+    }
+    listed += any != 0;
+    partial += any != 0 && all != 0xffffu;
+    uint4* to = reinterpret_cast<uint4*>(scratch.words + (static_cast<int64_t>(blockIdx.x) * cells + cell) * kCell);
+    to[0] = reinterpret_cast<const uint4*>(words)[0];
+    to[1] = reinterpret_cast<const uint4*>(words)[1];
+  }
+  __shared__ int shared[kPackThreads / 32 + 1];
+  int listed_sum, partial_sum, kept_sum;
+  block_exclusive_scan(listed, shared, listed_sum);
+  block_exclusive_scan(partial, shared, partial_sum);
+  block_exclusive_scan(kept, shared, kept_sum);
+  if (threadIdx.x == 0) scratch.strips[blockIdx.x] = make_int4(listed_sum, partial_sum, kept_sum, 0);
+}
+
+// One block: starts of the strips, clamped to the capacity so that whoever reads the lists stays inside them.
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScratch scratch, CellBuffers out) {
+  __shared__ int64_t shared[kScanThreads / 32 + 1];
+  int64_t cells = 0, slots = 0, kept = 0;
+  for (int base = 0; base < strips; base += kScanThreads) {
+    const int i = base + threadIdx.x;
+    const int4 strip = i < strips ? scratch.strips[i] : make_int4(0, 0, 0, 0);
+    int64_t cell_sum, slot_sum, kept_sum;
+    const int64_t cell = cells + block_exclusive_scan<int64_t>(strip.x, shared, cell_sum);
+    const int64_t slot = slots + block_exclusive_scan<int64_t>(strip.y, shared, slot_sum);
+    block_exclusive_scan<int64_t>(strip.z, shared, kept_sum);
+    if (i < strips) {
+      out.strip_ptr[i] = static_cast<int>(min(cell, out.cell_capacity));
+      scratch.strips[i].w = static_cast<int>(min(slot, static_cast<int64_t>(0x7fffffff)));
+    }
+    cells += cell_sum;
+    slots += slot_sum;
+    kept += kept_sum;
+  }
+  if (threadIdx.x == 0) {
+    out.strip_ptr[strips] = static_cast<int>(min(cells, out.cell_capacity));
+    out.counts[0] = cells;
+    out.counts[1] = slots;
+    out.counts[2] = kept;
+    out.counts[3] = cells > out.cell_capacity || slots > out.bit_capacity;
+  }
+}
+
+__global__ void __launch_bounds__(kPackThreads) emit_kernel(DenseMask mask, CellScratch scratch, CellBuffers out) {
+  __shared__ int shared[kPackThreads / 32 + 1];
+  const int strips = cells_of(mask.q_len), cells = cells_of(mask.kv_len);
+  const int rows = min(kCell, mask.q_len - static_cast<int>(blockIdx.x % strips) * kCell);
+  int64_t next_cell = out.strip_ptr[blockIdx.x], next_slot = scratch.strips[blockIdx.x].w;
+  for (int base = 0; base < cells; base += kPackThreads) {
+    const int cell = base + threadIdx.x;
+    __align__(16) uint16_t words[kCell] = {};
+    if (cell < cells) {
+      const uint4* from =
+          reinterpret_cast<const uint4*>(scratch.words + (static_cast<int64_t>(blockIdx.x) * cells + cell) * kCell);
+      reinterpret_cast<uint4*>(words)[0] = from[0];
+      reinterpret_cast<uint4*>(words)[1] = from[1];
+    }
+    uint32_t any = 0;
+    for (int r = 0; r < kCell; ++r) any |= words[r];
+    const bool full = is_full(words, rows);
+    // Both ranks in one scan: cells in the low half, slots in the high half; at most 256 of each.
+    int total;
+    const int rank = block_exclusive_scan((any != 0) + ((any != 0 && !full) << 16), shared, total);
+    const int64_t at = next_cell + (rank & 0xffff), slot = next_slot + (rank >> 16);
+    if (any != 0 && at < out.cell_capacity) {
+      out.cell_col[at] = cell;
+      out.cell_slot[at] = full ? -1 : static_cast<int>(min(slot, out.bit_capacity - 1));
+    }
+    if (any != 0 && !full && slot < out.bit_capacity) {
+      uint4* to = reinterpret_cast<uint4*>(out.cell_bits + slot * kCell);
+      to[0] = reinterpret_cast<const uint4*>(words)[0];
+      to[1] = reinterpret_cast<const uint4*>(words)[1];
+    }
+    next_cell += total & 0xffff;
+    next_slot += total >> 16;
+  }
+}
+
+int all_strips(const DenseMask& mask) { return mask.planes * cells_of(mask.q_len); }
+
+}  // namespace
+
+cudaError_t pack_cells(const DenseMask& mask, const CellScratch& scratch, cudaStream_t stream) {
+  if (all_strips(mask) == 0) return cudaSuccess;
+  const int64_t strides = mask.batch_stride | mask.head_stride | mask.q_stride;
+  const bool vector = mask.kv_stride == 1 && mask.kv_len % kCell == 0 && strides % kCell == 0 &&
+                      reinterpret_cast<uintptr_t>(mask.data) % kCell == 0;
+  if (vector) pack_kernel<true><<<all_strips(mask), kPackThreads, 0, stream>>>(mask, scratch);
+  else pack_kernel<false><<<all_strips(mask), kPackThreads, 0, stream>>>(mask, scratch);
+  return cudaGetLastError();
+}
+
+cudaError_t scan_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
+  scan_kernel<<<1, kScanThreads, 0, stream>>>(all_strips(mask), scratch, out);
+  return cudaGetLastError();
+}
+
+cudaError_t emit_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
+  if (all_strips(mask) == 0) return cudaSuccess;
+  emit_kernel<<<all_strips(mask), kPackThreads, 0, stream>>>(mask, scratch, out);
+  return cudaGetLastError();
+}
+
+}  // namespace stof::cuda

@@ -1,0 +1,201 @@
+// Canonical cells -> key tiles of the block-wise kernel. A query tile attends to the union of its strips' cells; columns
+// that are full in every strip come first, four to a tile, and need no bitmap; the rest, also packed four to a tile, get
+// one whose bits lie in the order of the mma accumulators.
+#include "attention/cuda/problem.h"
+#include "format.h"
+#include "scan.cuh"
+
+namespace stof::cuda {
+namespace {
+
+constexpr int kCell = 16;
+constexpr int kTileThreads = 256;
+
+__host__ __device__ inline int blocks_of(int length, int block) { return (length + block - 1) / block; }
+
+// Bitmaps over the key cells of one query tile, in shared memory.
+struct Columns {
+  uint32_t *any, *full, *strip;  // listed in some strip; full in every strip; full in the strip at hand
+  int words;
+};
+
+__device__ __forceinline__ Columns columns_in(uint32_t* shared, int kv_len) {
+  const int words = blocks_of(blocks_of(kv_len, kCell), 32);
+  return {shared, shared + words, shared + 2 * words, words};
+}
+
+struct QueryTile {
+  int first_strip, strips;  // strips that exist
+};
+
+__device__ __forceinline__ QueryTile query_tile(const CellView& cells, int q_tile) {
+  const int strips = blocks_of(cells.q_len, kCell), per_plane = blocks_of(cells.q_len, q_tile);
+  const int plane = blockIdx.x / per_plane, tile = blockIdx.x % per_plane;
+  const int first = tile * (q_tile / kCell);
+  return {plane * strips + first, min(q_tile / kCell, strips - first)};
+}
+
+__device__ void collect(const CellView& cells, const QueryTile& tile, const Columns& columns) {
+  const int width = blocks_of(cells.kv_len, kCell);
+  for (int w = threadIdx.x; w < columns.words; w += kTileThreads) columns.any[w] = 0, columns.full[w] = 0xffffffffu;
+  for (int s = 0; s < tile.strips; ++s) {
+    for (int w = threadIdx.x; w < columns.words; w += kTileThreads) columns.strip[w] = 0;
+    __syncthreads();
+    const int first = __ldg(cells.strip_ptr + tile.first_strip + s), end = __ldg(cells.strip_ptr + tile.first_strip + s + 1);
+    for (int i = first + threadIdx.x; i < end; i += kTileThreads) {
+      const int col = __ldg(cells.cell_col + i);
+      if (static_cast<unsigned>(col) >= static_cast<unsigned>(width)) continue;
+      atomicOr(columns.any + col / 32, 1u << col % 32);
+      if (__ldg(cells.cell_slot + i) < 0) atomicOr(columns.strip + col / 32, 1u << col % 32);
+    }
+    __syncthreads();
+    for (int w = threadIdx.x; w < columns.words; w += kTileThreads) columns.full[w] &= columns.strip[w];
+  }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kTileThreads) count_kernel(CellView cells, int q_tile, int* query_tiles) {
+  extern __shared__ uint32_t bitmaps[];
+  __shared__ int shared[kTileThreads / 32 + 1];
+  const Columns columns = columns_in(bitmaps, cells.kv_len);
+  collect(cells, query_tile(cells, q_tile), columns);
+  int any = 0, full = 0;
+  for (int w = threadIdx.x; w < columns.words; w += kTileThreads) {
+    any += __popc(columns.any[w]);
+    full += __popc(columns.full[w] & columns.any[w]);
+  }
+  int any_sum, full_sum;
+  block_exclusive_scan(any, shared, any_sum);
+  block_exclusive_scan(full, shared, full_sum);
+  if (threadIdx.x == 0) {
+    int* mine = query_tiles + static_cast<int64_t>(blockIdx.x) * kQueryTileInts;
+    mine[0] = blocks_of(any_sum, 4);
+    mine[1] = full_sum / 4;
+  }
+}
+
+// Where the columns of a query tile go: ranks among the full and among the other columns.
+struct Ranks {
+  const Columns& columns;
+  const int *full_before, *rest_before;  // per word of the bitmaps
+  int full_tiles, full_left;             // full tiles; full columns that fill no tile of their own
+
+  // Position 4 * tile + run of a listed column.
+  __device__ __forceinline__ int position(int col) const {
+    const int word = col / 32;
+    const uint32_t below = (1u << col % 32) - 1, any = columns.any[word], full = columns.full[word] & any;
+    if (full >> col % 32 & 1) return full_before[word] + __popc(full & below);  // those left over start the mixed tiles
+    return 4 * full_tiles + full_left + rest_before[word] + __popc(any & ~full & below);
+  }
+};
+
+// A thread's byte of a bitmap word: rows g and g + 8, columns 2 t, 2 t + 1 and the same 8 further, of one cell.
+__device__ __forceinline__ uint32_t accumulator_byte(uint32_t upper, uint32_t lower, int lane) {
+  const int shift = 2 * (lane & 3);
+  upper >>= shift;
+  lower >>= shift;
+  return (upper & 3) | (lower & 3) << 2 | (upper >> 8 & 3) << 4 | (lower >> 8 & 3) << 6;
+}
+
+// Scatters the bitmaps of one strip's cells; a warp per 32 cells finds those in mixed tiles, then all lanes write each.
+__device__ void scatter_bits(const CellView& cells, int strip, int row_block, const Ranks& ranks, const LayoutBuffers& out,
+                             int64_t first_slot) {
+  const int lane = threadIdx.x & 31, width = blocks_of(cells.kv_len, kCell);
+  const int first = __ldg(cells.strip_ptr + strip), end = __ldg(cells.strip_ptr + strip + 1);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(out.bits);
+  for (int base = first + (threadIdx.x & ~31); base < end; base += kTileThreads) {
+    const int i = base + lane;
+    const int col = i < end ? __ldg(cells.cell_col + i) : -1;
+    const int cell_slot = i < end ? __ldg(cells.cell_slot + i) : 0;
+    const bool listed = static_cast<unsigned>(col) < static_cast<unsigned>(width);
+    const int position = listed ? ranks.position(col) : 0;
+    const int mixed = position / 4 - ranks.full_tiles;
+    uint32_t todo = __ballot_sync(0xffffffffu, listed && mixed >= 0 && first_slot + mixed < out.slot_capacity);
+    while (todo != 0) {
+      const int source = __ffs(todo) - 1;
+      todo &= todo - 1;
+      const int slot = __shfl_sync(0xffffffffu, cell_slot, source), where = __shfl_sync(0xffffffffu, position, source);
+      const int g = lane >> 2;
+      uint32_t upper = 0xffffu, lower = 0xffffu;
+      if (slot >= 0) {
+        upper = __ldg(cells.cell_bits + static_cast<int64_t>(slot) * kCell + g);
+        lower = __ldg(cells.cell_bits + static_cast<int64_t>(slot) * kCell + g + 8);
+      }
+      const int64_t word = (first_slot + where / 4 - ranks.full_tiles) * (2 * out.q_tile) + row_block * 32 + lane;
+      bytes[word * 4 + where % 4] = static_cast<uint8_t>(accumulator_byte(upper, lower, lane));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, LayoutBuffers out, const int* query_tiles) {
+  extern __shared__ uint32_t bitmaps[];
+  __shared__ int shared[kTileThreads / 32 + 1];
+  const QueryTile tile = query_tile(cells, out.q_tile);
+  const Columns columns = columns_in(bitmaps, cells.kv_len);
+  collect(cells, tile, columns);
+  int* full_before = reinterpret_cast<int*>(bitmaps + 3 * columns.words);
+  int* rest_before = full_before + columns.words;
+  int full_count = 0, rest_count = 0;
+  for (int base = 0; base < columns.words; base += kTileThreads) {
+    const int w = base + threadIdx.x;
+    const uint32_t any = w < columns.words ? columns.any[w] : 0, full = w < columns.words ? columns.full[w] & any : 0;
+    int full_sum, rest_sum;
+    const int full_rank = full_count + block_exclusive_scan(__popc(full), shared, full_sum);
+    const int rest_rank = rest_count + block_exclusive_scan(__popc(any & ~full), shared, rest_sum);
+    if (w < columns.words) full_before[w] = full_rank, rest_before[w] = rest_rank;
+    full_count += full_sum;
+    rest_count += rest_sum;
+  }
+  const int* mine = query_tiles + static_cast<int64_t>(blockIdx.x) * kQueryTileInts;
+  const int tiles = mine[0], full_tiles = mine[1];
+  const int64_t first_tile = mine[2], first_slot = mine[3];
+  const Ranks ranks{columns, full_before, rest_before, full_tiles, full_count - 4 * full_tiles};
+
+  const int64_t words = static_cast<int64_t>(tiles - full_tiles) * 2 * out.q_tile;
+  const int64_t first_word = first_slot * 2 * out.q_tile, word_limit = out.slot_capacity * 2 * out.q_tile;
+  for (int64_t w = threadIdx.x; w < words; w += kTileThreads) {
+    if (first_word + w < word_limit) out.bits[first_word + w] = 0;
+  }
+  const int listed = full_count + rest_count;
+  if (threadIdx.x < 4 * tiles - listed && first_tile + tiles <= out.tile_capacity)
+    out.col[first_tile * 4 + listed + threadIdx.x] = -1;
+  __syncthreads();
+  for (int w = threadIdx.x; w < columns.words; w += kTileThreads) {
+    for (uint32_t left = columns.any[w]; left != 0; left &= left - 1) {
+      const int col = w * 32 + __ffs(left) - 1, position = ranks.position(col);
+      if (first_tile + position / 4 < out.tile_capacity) out.col[first_tile * 4 + position] = col;
+    }
+  }
+  for (int s = 0; s < tile.strips; ++s) scatter_bits(cells, tile.first_strip + s, s, ranks, out, first_slot);
+  __syncthreads();
+  for (int j = threadIdx.x; j < mine[5]; j += kTileThreads) {
+    if (mine[4] + j >= out.item_capacity) break;
+    int* item = out.items + static_cast<int64_t>(mine[4] + j) * kItemInts;
+    for (int r = 0; r < 4; ++r)
+      item[8 + r] = item[2] > 0 && item[1] < out.tile_capacity ? out.col[static_cast<int64_t>(item[1]) * 4 + r] : -1;
+  }
+}
+
+int query_tiles_of(const CellView& cells, int q_tile) { return cells.planes * blocks_of(cells.q_len, q_tile); }
+
+size_t bitmap_bytes(const CellView& cells, int arrays) {
+  return sizeof(uint32_t) * arrays * blocks_of(blocks_of(cells.kv_len, kCell), 32);
+}
+
+}  // namespace
+
+cudaError_t count_tiles(const CellView& cells, int q_tile, int* query_tiles, cudaStream_t stream) {
+  const int blocks = query_tiles_of(cells, q_tile);
+  if (blocks == 0) return cudaSuccess;
+  count_kernel<<<blocks, kTileThreads, bitmap_bytes(cells, 3), stream>>>(cells, q_tile, query_tiles);
+  return cudaGetLastError();
+}
+
+cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, const int* query_tiles, cudaStream_t stream) {
+  const int blocks = query_tiles_of(cells, out.q_tile);
+  if (blocks == 0) return cudaSuccess;
+  fill_kernel<<<blocks, kTileThreads, bitmap_bytes(cells, 5), stream>>>(cells, out, query_tiles);
+  return cudaGetLastError();
+}
+
+}  // namespace stof::cuda

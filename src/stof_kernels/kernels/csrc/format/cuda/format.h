@@ -1,0 +1,67 @@
+// Building masks on the device: dense bool -> canonical cell lists -> the block-wise kernel's layout. No torch here; every
+// step takes the buffers it needs and none synchronises with the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace stof::cuda {
+
+struct DenseMask {
+  const uint8_t* data;
+  int64_t batch_stride, head_stride, q_stride, kv_stride;
+  int heads, planes, q_len, kv_len;
+};
+
+// The canonical lists and their capacities; strips and cells are per plane.
+struct CellBuffers {
+  int *strip_ptr, *cell_col, *cell_slot;
+  uint16_t* cell_bits;
+  int64_t* counts;
+  int64_t cell_capacity, bit_capacity;
+};
+
+// Scratch of build_cells: all bitmaps, listed or not, and per strip {cells, partial cells, kept pairs, first slot}.
+struct CellScratch {
+  uint16_t* words;  // (planes * strips, cells, 16)
+  int4* strips;     // (planes * strips)
+};
+
+cudaError_t pack_cells(const DenseMask& mask, const CellScratch& scratch, cudaStream_t stream);
+cudaError_t scan_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
+cudaError_t emit_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
+
+// The canonical lists as input of the layout.
+struct CellView {
+  const int *strip_ptr, *cell_col, *cell_slot;
+  const uint16_t* cell_bits;
+  const int64_t* counts;
+  int planes, q_len, kv_len;
+};
+
+struct LayoutBuffers {
+  int *header, *combines, *items, *col;
+  uint32_t* bits;
+  int64_t item_capacity, combine_capacity, tile_capacity, slot_capacity;
+  int q_tile;
+};
+
+// How long lists are cut: chunk > 0 key tiles at most; 0: never; -1: so that `copies` runs of the mask fill `slots` blocks.
+struct Chunking {
+  int chunk, copies, slots;
+};
+
+// Per query tile, between the steps: {key tiles, full key tiles, first key tile, first slot}, {first item, items, 0, 0}.
+constexpr int kQueryTileInts = 8;
+
+cudaError_t count_tiles(const CellView& cells, int q_tile, int* query_tiles, cudaStream_t stream);
+// Writes the header and, up to the capacities, the items and combines. With capacities of 0 it only measures.
+cudaError_t schedule_items(const CellView& cells, const LayoutBuffers& out, const Chunking& chunking, int* query_tiles,
+                           cudaStream_t stream);
+cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, const int* query_tiles, cudaStream_t stream);
+
+// Longest key sequence the layout's bitmaps in shared memory allow.
+constexpr int kMaxLayoutKeys = 1 << 20;
+
+}  // namespace stof::cuda

@@ -1,0 +1,122 @@
+"""Which instantiations of the block-wise CUDA kernel are built, and the small sources that hold them.
+
+One translation unit per shape, head dim and dtype, so that ninja compiles them side by side; a table lists them for the
+dispatch in ``csrc/attention/cuda/dispatch.cpp``. The generated files are not in git. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+SHAPES = ("wide", "tall", "large", "split")
+"""Names in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h; plan[3] is the index plus one."""
+
+_TYPES = {"fp16": "__half", "bf16": "__nv_bfloat16"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Template arguments of one instantiation: a group of ``warps`` warps, each with ``blocks`` x 16 query rows."""
+
+    shape: str
+    dim: int
+    warps: int
+    blocks: int
+    keys: int
+    stages: int
+    groups: int
+    min_blocks: int
+
+    @property
+    def q_tile(self) -> int:
+        """Query rows of a block."""
+        return self.warps * self.blocks * 16
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block; wide heads keep their queries there too."""
+        ring = self.stages * 2 * self.keys * self.dim * 2
+        return self.groups * (ring + (self.q_tile * self.dim * 2 if self.dim > 128 else 0))
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One translation unit: a tile for one dtype, without bias and, where it exists, with."""
+
+    tile: Tile
+    dtype: str
+    biases: tuple[bool, ...]
+
+    @property
+    def name(self) -> str:
+        """Stem of the source and of its functions."""
+        return f"block_wise_{self.tile.shape}_d{self.tile.dim}_{self.dtype}"
+
+    def function(self, bias: bool) -> str:
+        """Launcher of the variant."""
+        return f"{self.name}_bias" if bias else self.name
+
+    def source(self) -> str:
+        """Text of the translation unit."""
+        t = self.tile
+        lines = ['#include "attention/cuda/block_wise_run.cuh"', ""]
+        for bias in self.biases:
+            # A bias costs registers for its addresses: fewer blocks rather than spills.
+            floor = max(1, t.min_blocks - 1) if bias else t.min_blocks
+            arguments = (t.dim, t.warps, t.blocks, t.keys, t.stages, t.groups, "true" if bias else "false", floor)
+            lines.append(f"STOF_BLOCK_WISE({self.function(bias)}, {_TYPES[self.dtype]}, {', '.join(map(str, arguments))})")
+        return "\n".join([*lines, ""])
+
+
+_TILES = (
+    Tile("wide", 32, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=4),
+    Tile("wide", 64, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=4),
+    Tile("wide", 96, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=3),
+    Tile("wide", 128, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=2),
+    Tile("wide", 192, warps=4, blocks=1, keys=32, stages=2, groups=1, min_blocks=2),
+    Tile("wide", 256, warps=4, blocks=1, keys=32, stages=2, groups=1, min_blocks=2),
+    Tile("tall", 64, warps=2, blocks=2, keys=64, stages=2, groups=1, min_blocks=4),
+    Tile("large", 64, warps=4, blocks=2, keys=64, stages=2, groups=1, min_blocks=2),
+    Tile("large", 128, warps=8, blocks=1, keys=64, stages=2, groups=1, min_blocks=1),
+    Tile("split", 64, warps=4, blocks=1, keys=64, stages=2, groups=4, min_blocks=1),
+    Tile("split", 128, warps=4, blocks=1, keys=64, stages=2, groups=2, min_blocks=1),
+)
+
+
+def _for_target(tile: Tile, target: str) -> Tile:
+    # 99 KiB a block on sm_89, 163 on sm_80: what does not fit loads half a tile at a time.
+    limit = {"sm_80": 163, "sm_89": 99}.get(target, 227) * 1024
+    return replace(tile, keys=tile.keys // 2) if tile.shared_bytes > limit else tile
+
+
+def instances(target: str, main_only: bool = False) -> tuple[Instance, ...]:
+    """Translation units of ``target`` (sm_80, sm_89, sm_90a); ``main_only``: head dims 64 and 128 in fp16."""
+    found = []
+    for tile in _TILES:
+        for dtype in _TYPES:
+            if main_only and (dtype != "fp16" or tile.dim not in (64, 128)):
+                continue
+            biases = (False,) if tile.shape == "split" else (False, True)
+            found.append(Instance(_for_target(tile, target), dtype, biases))
+    return tuple(found)
+
+
+def table_source(units: tuple[Instance, ...]) -> str:
+    """Text of the table of all launchers, compiled once per library."""
+    entries = [(unit, bias) for unit in units for bias in unit.biases]
+    lines = ['#include "attention/cuda/problem.h"', "", "namespace stof::cuda {", ""]
+    lines += [f"cudaError_t {unit.function(bias)}(const Problem&, const BlockLayout&, cudaStream_t);" for unit, bias in entries]
+    lines += ["", "const BlockWiseEntry kBlockWiseTable[] = {"]
+    for unit, bias in entries:
+        flags = f"{str(unit.dtype == 'bf16').lower()}, {str(bias).lower()}"
+        lines.append(
+            f"    {{Shape::k{unit.tile.shape.capitalize()}, {unit.tile.dim}, {flags}, &{unit.function(bias)}}},"
+        )
+    lines += ["};", f"const int kBlockWiseEntries = {len(entries)};", "", "}  // namespace stof::cuda", ""]
+    return "\n".join(lines)
+
+
+def sources(target: str, main_only: bool = False) -> dict[str, str]:
+    """Generated files of a target: name -> text."""
+    units = instances(target, main_only)
+    return {f"{unit.name}.cu": unit.source() for unit in units} | {"block_wise_table.cpp": table_source(units)}
