@@ -21,7 +21,7 @@ RECORDED = REPOSITORY_ROOT / "results" / "recorded"
 PAGES = [
     GpuPage("4090", "NVIDIA GeForce RTX 4090", "recorded", "2025-08-31"),
     GpuPage("a100", "NVIDIA A100", "recorded", "2025-11-23"),
-    GpuPage("h100", "NVIDIA H100", "recorded", missing_reason="No H100 was at hand."),
+    GpuPage("h100", "NVIDIA H100", "recorded", missing_reason="no H100 was at hand"),
 ]
 EXPERIMENTS = sorted({experiment for spec in FIGURES.values() for experiment in spec.experiments})
 BARS = {

@@ -72,7 +72,8 @@ def no_rows(page: GpuPage, experiment: str, hint: str = "") -> str:
         f"Experiment {experiment} has neither been measured on {page.label} nor recorded under "
         f"results/recorded/{page.name}/{experiment}."
     )
-    return " ".join(part for part in (page.missing_reason or default, hint) if part)
+    reason = (page.missing_reason or default).rstrip(".")
+    return f"{reason[0].upper()}{reason[1:]}. {hint}".strip()
 
 
 def reimplemented(rows: Iterable[Measurement], methods: Iterable[str]) -> list[str]:
