@@ -47,8 +47,8 @@ class Unit:
 class Target:
     """What a library is built from, and with what.
 
-    ``sources`` are the package-relative files and folders that its digest covers. ``compiler`` returns the command and
-    reads the environment when called; ``install`` says how to get that compiler.
+    ``sources`` are the files and folders below ``csrc`` that its compilation sees and its digest covers. ``compiler``
+    returns the command and reads the environment when called; ``install`` says how to get that compiler.
     """
 
     compiler: Callable[[], str]
@@ -70,6 +70,8 @@ def _instruction_sets() -> tuple[Unit, ...]:
     return tuple(Unit(source, f"variant_{name}", (f"-DSTOF_ISA={name}", *extra)) for name, extra in flags.items())
 
 
+_CPU_BINDINGS = ("bindings/library.cpp", "bindings/attention_cpu.cpp", "bindings/build_cells_cpu.cpp")
+
 # The oldest torch that the binary must load into.
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 
@@ -84,14 +86,12 @@ TARGETS: dict[str, Target] = {
         ),
         link_flags=("-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
         units=(
-            Unit("bindings/library.cpp", "library"),
-            Unit("bindings/attention_cpu.cpp", "attention_cpu"),
-            Unit("bindings/build_cells_cpu.cpp", "build_cells_cpu"),
+            *(Unit(source, Path(source).stem) for source in _CPU_BINDINGS),
             Unit("attention/cpu/driver.cpp", "driver"),
-            Unit("format/build_cells.cpp", "build_cells"),
+            Unit("format/cpu/build_cells.cpp", "build_cells"),
             *_instruction_sets(),
         ),
-        sources=(f"{CSRC}/bindings", f"{CSRC}/attention/cpu", f"{CSRC}/format"),
+        sources=("attention/cpu", "format/cpu", "bindings/check.h", *_CPU_BINDINGS),
         seconds=30,
     ),
 }
@@ -119,11 +119,15 @@ def compiler_version(command: str, install: str) -> str:
     return ", ".join(said)
 
 
+def _sources(target: Target) -> list[Path]:
+    return source_files(f"{CSRC}/{name}" for name in target.sources)
+
+
 def source_digest(name: str) -> str:
     """Twelve hex digits over sources and flags; needs no compiler. Comments and layout do not count."""
     target = target_of(name)
     parts = [repr((target.flags, target.link_flags, target.units)), platform.machine()]
-    for path in source_files(target.sources):
+    for path in _sources(target):
         parts += [path.relative_to(PACKAGE_ROOT).as_posix(), normalized_source(path)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -145,7 +149,7 @@ def manifest(target: str = "cpu") -> dict[str, object]:
         "compiler": compiler_version(entry.compiler(), entry.install),
         "flags": [*entry.flags, *entry.link_flags],
         "units": {unit.name: [unit.source, *unit.flags] for unit in entry.units},
-        "sources": [path.relative_to(PACKAGE_ROOT).as_posix() for path in source_files(entry.sources)],
+        "sources": [path.relative_to(PACKAGE_ROOT).as_posix() for path in _sources(entry)],
     }
 
 
@@ -193,7 +197,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _compile(target: str, folder: Path) -> None:
     work = settings.cache_dir() / "work" / target
-    _stage(work / "csrc")
+    _stage(target_of(target), work / "csrc")
     (work / "build.ninja").write_text(_ninja_file(target), encoding="utf-8")
     _run_ninja(target, work)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -210,14 +214,14 @@ def _compile(target: str, folder: Path) -> None:
     shutil.rmtree(aside.parent / f".{folder.name}.old.tmp", ignore_errors=True)
 
 
-def _stage(to: Path) -> None:
-    """Copies the sources, touching only files whose content changed.
+def _stage(target: Target, to: Path) -> None:
+    """Copies the target's sources, touching only files whose content changed.
 
     ninja judges by time stamps; those of an installed package or a git checkout say nothing about content. Relative
     paths also keep the machine's folders out of the binary.
     """
     root = PACKAGE_ROOT / CSRC
-    wanted = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
+    wanted = {path.relative_to(root): path for path in _sources(target)}
     for old in [path for path in to.rglob("*") if path.is_file()]:
         if old.relative_to(to) not in wanted:
             old.unlink()

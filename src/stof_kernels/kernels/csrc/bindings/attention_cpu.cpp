@@ -23,38 +23,38 @@ Array4 array_of(const Tensor& t) {
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t q_len, int64_t kv_len) {
   const ScalarType dtype = q.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "sparse_attention: q has dtype ",
+  STOF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "sparse_attention: q has dtype ",
                   torch::headeronly::toString(dtype), ", on the CPU it must be Float or BFloat16");
-  STD_TORCH_CHECK(q.dim() == 4, "sparse_attention: q has shape ", shape(q), ", it must be (B, Hq, Lq, D)");
+  STOF_CHECK(q.dim() == 4, "sparse_attention: q has shape ", shape(q), ", it must be (B, Hq, Lq, D)");
   const auto check_kv = [&](const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.scalar_type() == dtype, "sparse_attention: ", name, " has dtype ",
+    STOF_CHECK(t.scalar_type() == dtype, "sparse_attention: ", name, " has dtype ",
                     torch::headeronly::toString(t.scalar_type()), ", it must be q's, ",
                     torch::headeronly::toString(dtype));
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(3) == q.size(3), "sparse_attention: ", name,
+    STOF_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(3) == q.size(3), "sparse_attention: ", name,
                     " has shape ", shape(t), ", it must be (B, Hkv, Lk, D) with B and D of q ", shape(q));
   };
   check_kv("k", k);
   check_kv("v", v);
-  STD_TORCH_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), "sparse_attention: v has shape ", shape(v),
+  STOF_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), "sparse_attention: v has shape ", shape(v),
                   ", it must be that of k, ", shape(k));
-  STD_TORCH_CHECK(q.size(1) == 0 || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), "sparse_attention: q has ",
+  STOF_CHECK(q.size(1) == 0 || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), "sparse_attention: q has ",
                   q.size(1), " heads, that must be a multiple of the ", k.size(1), " heads of k and v");
   const int64_t dim = q.size(3);
-  STD_TORCH_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "sparse_attention: the head dim is ", dim,
+  STOF_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "sparse_attention: the head dim is ", dim,
                   ", it must be a multiple of 8 from 8 to 256");
-  STD_TORCH_CHECK(q.size(2) == q_len, "sparse_attention: q has ", q.size(2), " queries, but the mask is for ", q_len);
-  STD_TORCH_CHECK(k.size(2) == kv_len, "sparse_attention: k has ", k.size(2), " keys, but the mask is for ", kv_len);
+  STOF_CHECK(q.size(2) == q_len, "sparse_attention: q has ", q.size(2), " queries, but the mask is for ", q_len);
+  STOF_CHECK(k.size(2) == kv_len, "sparse_attention: k has ", k.size(2), " keys, but the mask is for ", kv_len);
 }
 
 // The bias as a full (B, Hq, Lq, Lk) array: a dimension of size 1 gets stride 0.
 Array4 bias_of(const Tensor& bias, const Tensor& q, int64_t kv_len) {
   const ScalarType dtype = bias.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == q.scalar_type(), "sparse_attention: bias has dtype ",
+  STOF_CHECK(dtype == ScalarType::Float || dtype == q.scalar_type(), "sparse_attention: bias has dtype ",
                   torch::headeronly::toString(dtype), ", it must be q's or Float");
   const int64_t full[4] = {q.size(0), q.size(1), q.size(2), kv_len};
   bool fits = bias.dim() == 4;
   for (int i = 0; fits && i < 4; ++i) fits = bias.size(i) == 1 || bias.size(i) == full[i];
-  STD_TORCH_CHECK(fits, "sparse_attention: bias has shape ", shape(bias), ", it must be broadcastable to (", full[0],
+  STOF_CHECK(fits, "sparse_attention: bias has shape ", shape(bias), ", it must be broadcastable to (", full[0],
                   ", ", full[1], ", ", full[2], ", ", full[3], ") and have 4 dimensions");
   Array4 a = array_of(bias);
   for (int i = 0; i < 4; ++i) {
@@ -65,9 +65,9 @@ Array4 bias_of(const Tensor& bias, const Tensor& q, int64_t kv_len) {
 
 Mask mask_of(const Tensor& q, int64_t kv_len, const Tensor& ptr, const Tensor& col, const Tensor& slot,
              const Tensor& bits, int64_t mask_batch, int64_t mask_heads) {
-  STD_TORCH_CHECK(mask_batch == 1 || mask_batch == q.size(0), "sparse_attention: mask_batch is ", mask_batch,
+  STOF_CHECK(mask_batch == 1 || mask_batch == q.size(0), "sparse_attention: mask_batch is ", mask_batch,
                   ", it must be 1 or the batch of q, ", q.size(0));
-  STD_TORCH_CHECK(mask_heads == 1 || mask_heads == q.size(1), "sparse_attention: mask_heads is ", mask_heads,
+  STOF_CHECK(mask_heads == 1 || mask_heads == q.size(1), "sparse_attention: mask_heads is ", mask_heads,
                   ", it must be 1 or the heads of q, ", q.size(1));
   Mask m;
   m.batch = mask_batch;
@@ -93,14 +93,14 @@ Plan plan_of(const Problem& p, const Tensor& plan, const int64_t* counts) {
   const int64_t* word = static_cast<const int64_t*>(plan.const_data_ptr());
   Plan chosen = default_plan(p, counts[0], counts[2]);
   if (word[0] == -1) return chosen;
-  STD_TORCH_CHECK(word[0] == 0 || word[0] == 1, "sparse_attention: plan[0] is ", word[0],
+  STOF_CHECK(word[0] == 0 || word[0] == 1, "sparse_attention: plan[0] is ", word[0],
                   ", on the CPU it must be 0 (row_wise), 1 (block_wise) or -1 (default)");
   chosen.kernel = Kernel(word[0]);
   if (chosen.kernel == Kernel::row_wise) return chosen;
-  STD_TORCH_CHECK(word[1] == -1 || word[1] == kCell, "sparse_attention: plan[1] (query tile) is ", word[1],
+  STOF_CHECK(word[1] == -1 || word[1] == kCell, "sparse_attention: plan[1] (query tile) is ", word[1],
                   ", block_wise on the CPU takes 16 or -1 (default)");
   if (word[2] == -1) return chosen;
-  STD_TORCH_CHECK(word[2] >= kCell && word[2] <= kMaxChunkCells * kCell && word[2] % kCell == 0,
+  STOF_CHECK(word[2] >= kCell && word[2] <= kMaxChunkCells * kCell && word[2] % kCell == 0,
                   "sparse_attention: plan[2] (keys per step) is ", word[2], ", it must be a multiple of 16 from 16 to ",
                   kMaxChunkCells * kCell, " or -1 (default)");
   chosen.chunk_cells = int(word[2] / kCell);
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::o
     return {torch::stable::transpose(out, 1, 2), lse};
   }
   const std::string wrong = check_lists(p.mask);
-  STD_TORCH_CHECK(wrong.empty(), "sparse_attention: corrupt mask: ", wrong);
+  STOF_CHECK(wrong.empty(), "sparse_attention: corrupt mask: ", wrong);
   if (chosen.kernel == Kernel::row_wise) {
     // It reads rows where they lie, so their elements must be neighbours.
     if (k.stride(3) != 1) k = torch::stable::contiguous(k);
@@ -160,6 +160,10 @@ STABLE_TORCH_LIBRARY_IMPL(stof, CPU, m) { m.impl("sparse_attention", TORCH_BOX(&
 
 }  // namespace stof::bindings
 
+// Reached through ctypes: provenance records the first, tests call the second.
 extern "C" __attribute__((visibility("default"))) const char* stof_cpu_instruction_set() {
   return stof::cpu::instruction_set();
+}
+extern "C" __attribute__((visibility("default"))) bool stof_cpu_use_instruction_set(const char* name) {
+  return stof::cpu::use_instruction_set(name);
 }

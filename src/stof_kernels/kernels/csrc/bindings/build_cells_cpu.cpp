@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "check.h"
-#include "format/build_cells.h"
+#include "format/cpu/build_cells.h"
 
 namespace stof::bindings {
 namespace {
@@ -19,9 +19,9 @@ void for_each(int64_t items, const std::function<void(int64_t)>& body) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_cells(Tensor keep) {
-  STD_TORCH_CHECK(keep.scalar_type() == ScalarType::Bool, "build_cells: keep has dtype ",
+  STOF_CHECK(keep.scalar_type() == ScalarType::Bool, "build_cells: keep has dtype ",
                   torch::headeronly::toString(keep.scalar_type()), ", it must be Bool");
-  STD_TORCH_CHECK(keep.dim() == 4, "build_cells: keep has shape ", shape(keep),
+  STOF_CHECK(keep.dim() == 4, "build_cells: keep has shape ", shape(keep),
                   ", it must be (batch or 1, heads or 1, Lq, Lk)");
   format::Dense dense;
   dense.data = static_cast<const uint8_t*>(keep.const_data_ptr());
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_cells(Tensor keep) {
   std::vector<int32_t> slot_ptr(items + 1);
   int32_t* ptr_data = static_cast<int32_t*>(ptr.mutable_data_ptr());
   const format::Totals totals = format::count_cells(dense, ptr_data, slot_ptr.data(), for_each);
-  STD_TORCH_CHECK(totals.listed <= std::numeric_limits<int32_t>::max(), "build_cells: the mask has ", totals.listed,
+  STOF_CHECK(totals.listed <= std::numeric_limits<int32_t>::max(), "build_cells: the mask has ", totals.listed,
                   " non-empty cells, allowed are ", std::numeric_limits<int32_t>::max());
 
   Tensor col = list({totals.listed}, ScalarType::Int), slot = list({totals.listed}, ScalarType::Int);

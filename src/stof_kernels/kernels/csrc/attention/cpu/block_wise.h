@@ -4,7 +4,8 @@
 // and the running maximum, P = exp(S - max), O = O * alpha + P V. Only cells with a bitmap run mask code.
 #pragma once
 
-#include "finish.h"
+#include "pack.h"
+#include "rows.h"
 #include "variant.h"
 #include "vec.h"
 
@@ -34,13 +35,14 @@ struct Workspace {
   Vec sum[kCell];
 };
 
+// Queries of a strip to [dim][16], scaled; those past the last query become zeros.
 template <typename T>
 static void load_queries(const Problem& p, const Strip& strip, int rows, float* q) {
-  const T* from = static_cast<const T*>(p.q.data) + strip.b * p.q.stride[0] + strip.h * p.q.stride[1] +
-                  strip.index * kCell * p.q.stride[2];
-  for (int r = 0; r < kCell; ++r) {
-    for (int64_t d = 0; d < p.dim; ++d)
-      q[d * kCell + r] = r < rows ? widen(from[r * p.q.stride[2] + d * p.q.stride[3]]) * p.scale : 0.0f;
+  const T* from = row_base<T>(p.q, strip.b, strip.h, strip.index * kCell);
+  const int64_t d = rows == kCell && p.q.stride[3] == 1 ? transpose_rows(from, p.q.stride[2], p.dim, q, p.scale) : 0;
+  const int64_t stride = p.q.stride[2], step = p.q.stride[3];
+  for (int64_t i = d; i < p.dim; ++i) {
+    for (int r = 0; r < kCell; ++r) q[i * kCell + r] = r < rows ? widen(from[r * stride + i * step]) * p.scale : 0.0f;
   }
 }
 

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -23,22 +23,27 @@ constexpr int64_t kPackedBytes = int64_t(16) << 20;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 200'000;
 
-const Variant& pick_variant() {
-#if defined(__x86_64__) || defined(__i386__)
+// What this machine can run, widest first.
+std::vector<const Variant*> runnable() {
+  std::vector<const Variant*> found;
+#if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return avx512::variant();
+    found.push_back(&avx512::variant());
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi"))
-    return avx2::variant();
+    found.push_back(&avx2::variant());
 #endif
-  return baseline::variant();
+  found.push_back(&baseline::variant());
+  return found;
 }
 
-const Variant& kernels() {
-  static const Variant& chosen = pick_variant();
-  return chosen;
+std::atomic<const Variant*>& chosen() {
+  static std::atomic<const Variant*> variant{runnable().front()};
+  return variant;
 }
+
+const Variant& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
 // Work items handed out one after another (a few at a time when there are many) to whichever worker is free.
 void for_each(const Workers& workers, int64_t items, bool serial, const std::function<void(int64_t)>& body) {
@@ -236,5 +241,15 @@ void poison(const Problem& p) {
 }
 
 const char* instruction_set() { return kernels().name; }
+
+bool use_instruction_set(const char* name) {
+  for (const Variant* variant : runnable()) {
+    if (std::strcmp(variant->name, name) == 0) {
+      chosen().store(variant);
+      return true;
+    }
+  }
+  return false;
+}
 
 }  // namespace stof::cpu

@@ -29,4 +29,7 @@ void poison(const Problem& p);
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
+// Makes later calls use another one (tests compare them); false if this machine does not have it.
+bool use_instruction_set(const char* name);
+
 }  // namespace stof::cpu

@@ -4,22 +4,50 @@
 // one online-softmax step.
 #pragma once
 
-#include "finish.h"
+#include "rows.h"
 #include "variant.h"
 #include "vec.h"
 
 namespace stof::cpu::STOF_ISA {
 
-constexpr int kGroup = 64;
+constexpr int kGroup = 128;
 
 struct RowState {
   alignas(64) float q[256];  // scaled, zeros up to the padded dim
   alignas(64) float o[256];
   alignas(64) float s[kGroup + kCell];
-  int32_t key[kGroup + kCell];  // a whole cell may be added when one place is left
-  int n = 0;
-  float max = -kInf, sum = 0.0f;
+  int32_t key[kGroup + 2 * kCell];  // a whole cell may be added when one place is left, and is written in full
+  float max, sum;
 };
+
+// For each byte, the numbers of its set bits.
+struct BitNumbers {
+  alignas(64) int32_t of[256][8];
+  constexpr BitNumbers() : of() {
+    for (int byte = 0; byte < 256; ++byte) {
+      int n = 0;
+      for (int bit = 0; bit < 8; ++bit) {
+        if (byte >> bit & 1) of[byte][n++] = bit;
+      }
+    }
+  }
+};
+constexpr BitNumbers kBitNumbers;
+
+// Appends the keys of a word: eight numbers are always written and only as many counted as there are bits, because a
+// loop over the bits of sparse words is mostly mispredicted branches.
+STOF_INLINE int append_keys(int32_t* key, int n, int32_t first, uint32_t word) {
+  typedef int32_t Ints __attribute__((vector_size(32)));
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half, first += 8, word >>= 8) {
+    Ints numbers;
+    __builtin_memcpy(&numbers, kBitNumbers.of[word & 0xff], 32);
+    numbers += first;
+    __builtin_memcpy(key + n, &numbers, 32);
+    n += __builtin_popcount(word & 0xff);
+  }
+  return n;
+}
 
 // One vector of a row; the last one of a row whose dim is not a multiple of kLanes has 8 values.
 template <bool kTail, typename T>
@@ -30,19 +58,45 @@ STOF_INLINE Vec load_part(const T* from, int64_t d, int64_t dim) {
   return load(part);
 }
 
-// Four dot products at once hide the latency of their sums.
+// Lane sums of two vectors halved: a and b alternate in the result.
+STOF_INLINE Vec merge(Vec a, Vec b) { return zip_lo(a, b) + zip_hi(a, b); }
+
+// Dot products with the keys 0, kQuads, 2 kQuads, 3 kQuads of the list, merged; past the n-th key any key will do.
+// Four at a time hide the latency of their sums.
+constexpr int kQuads = kLanes / 4;
 template <typename T, bool kTail>
-STOF_INLINE void dots(const RowState& w, const int32_t* key, RawRows keys, int64_t dim, float* s) {
+STOF_INLINE Vec dot_quad(const RowState& w, const int32_t* key, int n, RawRows keys, int64_t dim) {
   const T* base = static_cast<const T*>(keys.data);
   const T* row[4];
-  for (int i = 0; i < 4; ++i) row[i] = base + key[i] * keys.stride;
-  Vec acc[4] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) row[i] = base + key[i * kQuads < n ? i * kQuads : 0] * keys.stride;
+  Vec sum[4] = {};
   for (int64_t d = 0; d < dim; d += kLanes) {
     const Vec q = load(w.q + d);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) acc[i] += q * load_part<kTail>(row[i], d, dim);
+    for (int i = 0; i < 4; ++i) sum[i] += q * load_part<kTail>(row[i], d, dim);
   }
-  for (int i = 0; i < 4; ++i) s[i] = hsum(acc[i]);
+  return merge(merge(sum[0], sum[2]), merge(sum[1], sum[3]));
+}
+
+// Scores of kLanes keys, of which the first n count; the others are -inf. The sums over lanes are taken like a
+// transposition that adds up as it goes: merging i with i + half, half = kLanes / 2 .. 1, ends in natural order.
+template <typename T, bool kTail>
+STOF_INLINE Vec dots(const RowState& w, const int32_t* key, int n, RawRows keys, int64_t dim) {
+  Vec quad[kQuads] = {};
+#pragma GCC unroll 4
+  for (int j = 0; j < kQuads; ++j) {
+    if (j < n) quad[j] = dot_quad<T, kTail>(w, key + j, n - j, keys, dim);
+  }
+#pragma GCC unroll 2
+  for (int half = kQuads / 2; half > 0; half /= 2) {
+#pragma GCC unroll 2
+    for (int j = 0; j < half; ++j) quad[j] = merge(quad[j], quad[j + half]);
+  }
+  const Vec s = quad[0];
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < splat(int32_t(n)) ? s : splat(-kInf);
 }
 
 // o[d .. d + kVecs vectors] = o * alpha + sum of weight * value, two chains per vector.
@@ -71,23 +125,18 @@ STOF_INLINE void add_values(RowState& w, int n, RawRows values, int64_t d, int64
 
 template <typename T, bool kTail>
 static void step(const Problem& p, RowState& w, int n, RawRows keys, RawRows values, const BiasRow* bias) {
-  const int32_t last = w.key[n - 1];
-  int32_t tail[4] = {last, last, last, last};
-  int j = 0;
-  for (; j + 4 <= n; j += 4) dots<T, kTail>(w, w.key + j, keys, p.dim, w.s + j);
-  if (j < n) {
-    for (int i = 0; j + i < n; ++i) tail[i] = w.key[j + i];
-    dots<T, kTail>(w, tail, keys, p.dim, w.s + j);
-  }
-  if (bias) {
-    for (int i = 0; i < n; ++i) {
-      const float value = bias->at(w.key[i]);
-      w.s[i] = value == -kInf ? -kInf : w.s[i] + value;
-    }
-  }
-  for (int i = n; i % kLanes; ++i) w.s[i] = -kInf;
   Vec top = splat(w.max);
-  for (int i = 0; i < n; i += kLanes) top = vmax(load(w.s + i), top);
+  for (int i = 0; i < n; i += kLanes) {
+    Vec s = dots<T, kTail>(w, w.key + i, n - i < kLanes ? n - i : kLanes, keys, p.dim);
+    if (bias) {
+      float value[kLanes] = {};
+      for (int j = 0; j < kLanes && i + j < n; ++j) value[j] = bias->at(w.key[i + j]);
+      const Vec b = load(value);
+      s = b == -kInf ? b : s + b;
+    }
+    store(w.s + i, s);
+    top = vmax(s, top);
+  }
   const float next = hmax(top), base = next == -kInf ? 0.0f : next;
   const float alpha = exp_nonpositive(splat(w.max - base))[0];
   Vec sum = {};
@@ -104,52 +153,57 @@ static void step(const Problem& p, RowState& w, int n, RawRows keys, RawRows val
   for (; d < padded; d += kLanes) add_values<T, kTail, 1>(w, n, values, d, p.dim, alpha);
 }
 
-template <typename Q, typename T, bool kTail>
+template <typename Q>
+static void load_query(const Problem& p, const Strip& strip, int64_t query, RowState& w) {
+  const Q* q = row_base<Q>(p.q, strip.b, strip.h, query);
+  for (int64_t d = 0; d < p.dim; ++d) w.q[d] = widen(q[d * p.q.stride[3]]) * p.scale;
+  for (int64_t d = p.dim; d < p.padded_dim(); ++d) w.q[d] = 0.0f;
+  for (int64_t d = 0; d < p.padded_dim(); ++d) w.o[d] = 0.0f;
+  w.max = -kInf;
+  w.sum = 0.0f;
+}
+
+template <typename T, bool kTail>
 static void row_wise_of(const Problem& p, const Strip& strip, RawRows keys, RawRows values) {
   RowState w;
   const int64_t left = p.q_len - strip.index * kCell;
   const int rows = int(left < kCell ? left : kCell);
+  const int32_t *col = strip.col, *slot = strip.slot;
   for (int r = 0; r < rows; ++r) {
-    const int64_t query = strip.index * kCell + r;
-    const Q* q = static_cast<const Q*>(p.q.data) + strip.b * p.q.stride[0] + strip.h * p.q.stride[1] +
-                 query * p.q.stride[2];
-    for (int64_t d = 0; d < p.dim; ++d) w.q[d] = widen(q[d * p.q.stride[3]]) * p.scale;
-    for (int64_t d = p.dim; d < p.padded_dim(); ++d) w.q[d] = 0.0f;
-    for (int64_t d = 0; d < p.padded_dim(); ++d) w.o[d] = 0.0f;
-    w.n = 0;
-    w.max = -kInf;
-    w.sum = 0.0f;
+    const int64_t query = strip.index * kCell + r, count = strip.count;
+    const int16_t* bits = p.mask.bits + r;
+    load_query<T>(p, strip, query, w);
     BiasRow bias;
     if (p.bias.data) bias = bias_row(p, strip.b, strip.h, query);
     const BiasRow* has_bias = p.bias.data ? &bias : nullptr;
-    for (int64_t j = 0; j < strip.count; ++j) {
-      const int32_t slot = strip.slot[j], first = strip.col[j] * kCell;
-      uint32_t word = slot < 0 ? 0xffffu : uint16_t(p.mask.bits[int64_t(slot) * kCell + r]);
-      for (; word; word &= word - 1) w.key[w.n++] = first + __builtin_ctz(word);
-      if (w.n >= kGroup) {
+    int n = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const uint32_t word = slot[j] < 0 ? 0xffffu : uint16_t(bits[int64_t(slot[j]) * kCell]);
+      n = append_keys(w.key, n, col[j] * kCell, word);
+      if (n >= kGroup) {
         step<T, kTail>(p, w, kGroup, keys, values, has_bias);
-        w.n -= kGroup;
-        for (int i = 0; i < w.n; ++i) w.key[i] = w.key[kGroup + i];
+        n -= kGroup;
+        for (int i = 0; i < n; ++i) w.key[i] = w.key[kGroup + i];
       }
     }
-    if (w.n) step<T, kTail>(p, w, w.n, keys, values, has_bias);
+    if (n) step<T, kTail>(p, w, n, keys, values, has_bias);
     finish_row(p, strip.b, strip.h, query, w.o, w.max, w.sum);
   }
 }
 
-template <typename Q, typename T>
+template <typename T>
 static void row_wise_any(const Problem& p, const Strip& strip, RawRows keys, RawRows values) {
   if (kLanes > 8 && p.dim % kLanes != 0)
-    row_wise_of<Q, T, true>(p, strip, keys, values);
+    row_wise_of<T, true>(p, strip, keys, values);
   else
-    row_wise_of<Q, T, false>(p, strip, keys, values);
+    row_wise_of<T, false>(p, strip, keys, values);
 }
 
 static void row_wise(const Problem& p, const Strip& strip, RawRows keys, RawRows values) {
   if (p.q.element == Element::f32)
-    row_wise_any<float, float>(p, strip, keys, values);
+    row_wise_any<float>(p, strip, keys, values);
   else
-    row_wise_any<uint16_t, uint16_t>(p, strip, keys, values);
+    row_wise_any<uint16_t>(p, strip, keys, values);
 }
 
 }  // namespace stof::cpu::STOF_ISA

@@ -102,4 +102,33 @@ STOF_INLINE IVec kept(int32_t word, int first) {
   return (splat(word >> first) & bit) != 0;
 }
 
+// Vectors a and b interleaved: lo is a0 b0 a1 b1 ..., hi continues it.
+#if __has_builtin(__builtin_shufflevector)
+#if defined(__AVX512F__)
+STOF_INLINE Vec zip_lo(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+STOF_INLINE Vec zip_hi(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX2__)
+STOF_INLINE Vec zip_lo(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+STOF_INLINE Vec zip_hi(Vec a, Vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+STOF_INLINE Vec zip_lo(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+STOF_INLINE Vec zip_hi(Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+#else
+STOF_INLINE Vec zip_lo(Vec a, Vec b) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r[i] = i % 2 ? b[i / 2] : a[i / 2];
+  return r;
+}
+STOF_INLINE Vec zip_hi(Vec a, Vec b) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r[i] = i % 2 ? b[(kLanes + i) / 2] : a[(kLanes + i) / 2];
+  return r;
+}
+#endif
+
 }  // namespace stof::cpu::STOF_ISA
