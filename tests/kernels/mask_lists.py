@@ -1,0 +1,94 @@
+"""The mask format built the plain way, straight from its definition, so that kernels are not tested with their own code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stof_kernels.kernels import raw
+
+CELL = 16
+ROW_WISE, BLOCK_WISE = (0, -1, -1, 0), (1, -1, -1, 0)
+DEFAULT = (-1, -1, -1, -1)
+
+
+@dataclass
+class Lists:
+    ptr: Tensor
+    col: Tensor
+    slot: Tensor
+    bits: Tensor
+    counts: Tensor
+    batch: int
+    heads: int
+
+
+def lists_of(keep: np.ndarray, padding: int = 0) -> Lists:
+    """Lists of a (Bm, Hm, Lq, Lk) bool array; ``padding`` undefined entries are appended to each of them."""
+    batch, heads, q_len, kv_len = keep.shape
+    strips, cells = -(-q_len // CELL), -(-kv_len // CELL)
+    ptr, col, slot, bits = [0], [], [], []
+    for plane in keep.reshape(batch * heads, q_len, kv_len):
+        for s in range(strips):
+            rows = plane[s * CELL : (s + 1) * CELL]
+            for c in range(cells):
+                cell = rows[:, c * CELL : (c + 1) * CELL]
+                if not cell.any():
+                    continue
+                col.append(c)
+                if cell.all() and cell.shape[1] == CELL:
+                    slot.append(-1)
+                    continue
+                slot.append(len(bits))
+                words = np.zeros(CELL, dtype=np.uint16)
+                words[: cell.shape[0]] = (cell * (1 << np.arange(cell.shape[1]))).sum(axis=1)
+                bits.append(words.view(np.int16))
+            ptr.append(len(col))
+    counts = [len(col), len(bits), int(keep.sum()), 0]
+    junk = [2**31 - 1] * padding  # an entry past the end that is followed reads far outside
+    all_bits = np.array(bits, dtype=np.int16).reshape(-1, CELL)
+    return Lists(
+        torch.tensor(ptr, dtype=torch.int32),
+        torch.tensor(col + junk, dtype=torch.int32),
+        torch.tensor(slot + junk, dtype=torch.int32),
+        torch.from_numpy(np.concatenate([all_bits, np.full((padding, CELL), -1, dtype=np.int16)])),
+        torch.tensor(counts, dtype=torch.int64),
+        batch,
+        heads,
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Lists,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    plan: tuple[int, ...] = DEFAULT,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The raw operator on these lists."""
+    return raw.sparse_attention(
+        *(q, k, v, bias, lists.ptr, lists.col, lists.slot, lists.bits, lists.counts),
+        torch.tensor(plan, dtype=torch.int64),
+        *(q.shape[2], k.shape[2], lists.batch, lists.heads, scale, return_lse),
+    )
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Dense attention in float64; removed pairs never touch the result, whatever the bias says there."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), *(t.double().repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = scale * (q @ k.mT)
+    if bias is not None:
+        scores = scores + torch.where(keep, bias.double(), 0.0)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse).unsqueeze(-1))
+    return weights @ v, lse
