@@ -9,6 +9,9 @@ import stof_kernels as stof
 from stof_kernels.kernels import raw
 
 
+PLAN = torch.full((4,), -1)
+
+
 def inputs(seed=0, heads=2, kv_heads=2, n=48, dim=32):
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(1, heads, n, dim, generator=g)
@@ -54,7 +57,7 @@ def test_opcheck_passes(return_lse, with_bias):
     q, k, v = inputs(heads=4, kv_heads=2)
     mask = stof.SparseMask.from_pattern(stof.masks.sliding_window(5), 48, 48)
     bias = torch.randn(1, 4, 48, 48) if with_bias else None
-    args = (q, k, v, bias, mask.strip_ptr, mask.cell_col, mask.cell_slot, mask.cell_bits, mask.counts, mask.plan)
+    args = (q, k, v, bias, mask.strip_ptr, mask.cell_col, mask.cell_slot, mask.cell_bits, mask.counts, PLAN)
     args = (*args, 48, 48, 1, 1, 0.2, return_lse)
     raw.sparse_attention(*args)  # loads the library
     torch.library.opcheck(torch.ops.stof.sparse_attention.default, args)
@@ -66,7 +69,7 @@ def test_fake_kernel_has_the_real_shapes_and_strides():
     q, k, v = inputs(heads=4, kv_heads=2)
     mask = stof.SparseMask.from_pattern(stof.masks.causal(), 48, 48)
     real = stof.sparse_attention(q, k, v, mask, return_lse=True)
-    args = [q, k, v, None, mask.strip_ptr, mask.cell_col, mask.cell_slot, mask.cell_bits, mask.counts, mask.plan]
+    args = [q, k, v, None, mask.strip_ptr, mask.cell_col, mask.cell_slot, mask.cell_bits, mask.counts, PLAN]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(t) if t is not None else None for t in args]
         fake = torch.ops.stof.sparse_attention.default(*fakes, 48, 48, 1, 1, 0.2, True)

@@ -1,6 +1,7 @@
 """Formats: HOW a mask is stored and built."""
 
 from .cells import CELL
+from .layout import Layout
 from .sparse_mask import SparseMask
 
-__all__ = ["CELL", "SparseMask"]
+__all__ = ["CELL", "Layout", "SparseMask"]

@@ -32,6 +32,11 @@ class CellLists:
     cell_bits: Tensor
     counts: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All five, in the order of the fields."""
+        return self.strip_ptr, self.cell_col, self.cell_slot, self.cell_bits, self.counts
+
 
 def n_strips(q_len: int) -> int:
     """Rows of cells over ``q_len`` queries."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from ..kernels import raw
 from ..masks import MaskMod, Pattern, predicate
-from ..planner import AttentionProblem, MaskStats, Plan, choose
+from ..planner import AttentionProblem, KernelConfig, MaskStats, Plan, choose
 from . import cells
+from .arguments import buffer_sizes, check_sizes, four_dims
 from .cells import CellLists
 from .device import device_spec
+from .layout import Layout, derive, refresh
 
-_TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts", "plan")
-_UNPLANNED = -1
+_TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts")
 
 
 @dataclass(eq=False, repr=False)
@@ -31,7 +31,7 @@ class SparseMask:
     - ``cell_slot`` int32 (capacity): -1 for a full cell, else its row of ``cell_bits``;
     - ``cell_bits`` int16 (bit capacity, 16): word r, bit c: query row r of the strip attends key c of the cell;
     - ``counts`` int64 (4): listed cells, bit rows in use, kept positions over all planes, overflow (0 or 1);
-    - ``plan`` int64 (4) on the CPU: the launch plan `prepare` chose, or -1s.
+    - ``layout``: what `prepare` derived for a compiled call, or None.
 
     Capacities are rounded up to powers of two, so that masks of one shape class have the same tensor shapes and a new mask does
     not recompile a compiled model.
@@ -42,13 +42,13 @@ class SparseMask:
     cell_slot: Tensor
     cell_bits: Tensor
     counts: Tensor
-    plan: Tensor
     q_len: int
     kv_len: int
     batch: int = 1
     heads: int = 1
     fixed: bool = False
     name: str = "mask"
+    layout: Layout | None = None
     _cache: dict = field(default_factory=dict, init=False)
 
     # ---- constructors ------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class SparseMask:
         1, TypeError for a rule that is neither a pattern nor a callable or that does not return bools.
         """
         rule = pattern if isinstance(pattern, Pattern) else predicate(pattern)
-        _check_sizes("from_pattern", q_len, kv_len, batch, heads)
+        check_sizes("from_pattern", q_len, kv_len, batch, heads)
         lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, device)
         return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, str(rule))
 
@@ -90,10 +90,15 @@ class SparseMask:
         `update_` can put any mask into them that fits. Raises TypeError if not bool, ValueError for more than 4 dimensions or
         lengths that do not fit.
         """
-        keep = _four_dims(keep, q_len, kv_len)
+        keep = four_dims(keep, q_len, kv_len)
         batch, heads, q_len, kv_len = keep.shape
-        lists = raw.build_cells(keep)
-        return cls._from_lists(CellLists(*lists), q_len, kv_len, batch, heads, capacity, "dense")
+        if capacity is not None and keep.is_cuda:
+            # Nothing may be read back here, so the lists are built where they stay.
+            mask = cls._empty((batch, heads, q_len, kv_len), keep.device, capacity, (0, 0), "dense")
+            raw.build_cells_out(keep, *mask.lists.tensors)
+            return mask
+        lists = CellLists(*raw.build_cells(keep))
+        return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, "dense")
 
     @classmethod
     def from_blocks(
@@ -104,11 +109,11 @@ class SparseMask:
         Work and memory are those of the kept blocks where ``block`` is a multiple of 16. Raises TypeError if not bool,
         ValueError for a block below 1 or a table of the wrong size.
         """
-        _check_sizes("from_blocks", q_len, kv_len, 1, 1)
+        check_sizes("from_blocks", q_len, kv_len, 1, 1)
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ValueError(f"from_blocks: block is {block!r}, allowed: an integer >= 1")
         rows, cols = -(-q_len // block), -(-kv_len // block)
-        table = _four_dims(keep_blocks, rows, cols, what="keep_blocks")
+        table = four_dims(keep_blocks, rows, cols, what="keep_blocks")
         batch, heads = table.shape[:2]
         if block % cells.CELL == 0:
             lists = cells.lists_from_blocks(table, block, q_len, kv_len)
@@ -121,54 +126,83 @@ class SparseMask:
     def _from_lists(
         cls, lists: CellLists, q_len: int, kv_len: int, batch: int, heads: int, capacity: int | str | None, name: str
     ) -> SparseMask:
-        fixed = capacity is not None
-        n_cells, n_bits = _capacity(capacity, lists, batch * heads * cells.n_strips(q_len) * cells.n_cols(kv_len))
-        device = lists.counts.device
-        mask = cls(
-            strip_ptr=torch.zeros(batch * heads * cells.n_strips(q_len) + 1, dtype=torch.int32, device=device),
+        needed = lists.cell_col.numel(), lists.cell_bits.shape[0]
+        mask = cls._empty((batch, heads, q_len, kv_len), lists.counts.device, capacity, needed, name)
+        mask._fill(lists)
+        return mask
+
+    @classmethod
+    def _empty(
+        cls,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        capacity: int | str | None,
+        needed: tuple[int, int],
+        name: str,
+    ) -> SparseMask:
+        """Buffers without content: of the given capacity, or of the shape class of the ``needed`` (cells, bit rows)."""
+        batch, heads, q_len, kv_len = shape
+        strips = batch * heads * cells.n_strips(q_len)
+        n_cells, n_bits = buffer_sizes(capacity, *needed, most=strips * cells.n_cols(kv_len))
+        return cls(
+            strip_ptr=torch.zeros(strips + 1, dtype=torch.int32, device=device),
             cell_col=torch.zeros(n_cells, dtype=torch.int32, device=device),
             cell_slot=torch.full((n_cells,), -1, dtype=torch.int32, device=device),
             cell_bits=torch.zeros(n_bits, cells.CELL, dtype=torch.int16, device=device),
             counts=torch.zeros(4, dtype=torch.int64, device=device),
-            plan=torch.full((4,), _UNPLANNED, dtype=torch.int64),
             q_len=q_len,
             kv_len=kv_len,
             batch=batch,
             heads=heads,
-            fixed=fixed,
+            fixed=capacity is not None,
             name=name,
         )
-        mask._fill(lists)
-        return mask
 
     # ---- content -----------------------------------------------------------------------------------------------------
 
     def update_(self, keep: Tensor) -> SparseMask:
-        """Put another dense mask into the same buffers; a captured graph or compiled model then replays with it.
+        """Put another dense mask into the same buffers; with fixed capacity a captured graph then replays with it.
 
-        ``keep``: bool, broadcastable to (batch, heads, q_len, kv_len). With fixed capacity an oversized mask makes the output
-        NaN and `check` says why; otherwise it raises ValueError and the old mask stays.
+        ``keep``: bool, broadcastable to (batch, heads, q_len, kv_len). With fixed capacity nothing is read back, layouts that
+        kernels use are derived again in place, and an oversized mask makes the output NaN (`check` says why). A compact mask
+        raises ValueError if it does not fit or if a captured graph holds its sizes; the old mask then stays.
         """
-        table = _four_dims(keep, self.q_len, self.kv_len)
+        table = four_dims(keep, self.q_len, self.kv_len)
         if table.device != self.device:
             raise ValueError(f"update_: keep is on {table.device}, allowed: the mask's device {self.device}")
         if table.shape[0] not in (1, self.batch) or table.shape[1] not in (1, self.heads):
             allowed = (self.batch, self.heads, self.q_len, self.kv_len)
             raise ValueError(f"update_: keep has shape {tuple(keep.shape)}, allowed: broadcastable to {allowed}")
-        lists = CellLists(*raw.build_cells(table.expand(self.batch, self.heads, -1, -1)))
-        fits = lists.cell_col.numel() <= self.capacity and lists.cell_bits.shape[0] <= self.cell_bits.shape[0]
-        if not fits and not self.fixed:
-            raise ValueError(
-                f"update_: the mask needs {lists.cell_col.numel()} cells ({lists.cell_bits.shape[0]} partial), the buffers "
-                f"hold {self.capacity} ({self.cell_bits.shape[0]} partial); build with capacity= to leave room"
-            )
-        self._fill(lists)
+        table = table.expand(self.batch, self.heads, -1, -1)
+        if self.fixed and self.device.type == "cuda":
+            raw.build_cells_out(table, *self.lists.tensors)
+            for (config, copies), layout in self._layouts.items():
+                refresh(self, layout, config, copies)
+        else:
+            self._update_compact(CellLists(*raw.build_cells(table)))
+        self._forget_content()
         self.name = "dense"
         return self
 
+    def _update_compact(self, lists: CellLists) -> None:
+        """Take over exact-size lists whose sizes are known on the host."""
+        needed = lists.cell_col.numel(), lists.cell_bits.shape[0]
+        held = self.capacity, self.cell_bits.shape[0]
+        if not self.fixed and (needed[0] > held[0] or needed[1] > held[1]):
+            raise ValueError(
+                f"update_: the mask needs {needed[0]} cells ({needed[1]} partial), the buffers hold {held[0]} "
+                f"({held[1]} partial); build with capacity= to leave room"
+            )
+        if self._cache.get("captured"):
+            raise ValueError(
+                "update_: a captured graph holds this mask's sizes; build with capacity= to replay with new masks"
+            )
+        self._fill(lists)
+        self._layouts.clear()
+        self.layout = None
+
     def _fill(self, lists: CellLists) -> None:
         """Copy exact-size lists into the buffers; what does not fit only raises the overflow flag."""
-        self._cache.clear()
         n, n_bits = lists.cell_col.numel(), lists.cell_bits.shape[0]
         self.counts.copy_(lists.counts)
         if n > self.capacity or n_bits > self.cell_bits.shape[0]:
@@ -179,6 +213,15 @@ class SparseMask:
         self.cell_col[:n].copy_(lists.cell_col)
         self.cell_slot[:n].copy_(lists.cell_slot)
         self.cell_bits[:n_bits].copy_(lists.cell_bits)
+
+    def _forget_content(self) -> None:
+        """Drop what was computed from the content; plans of a fixed mask come from its shape and capacity and stay."""
+        if not self.fixed:
+            self._cache.clear()
+
+    @property
+    def _layouts(self) -> dict[tuple[KernelConfig, int], Layout]:
+        return self._cache.setdefault("layouts", {})
 
     def to_dense(self) -> Tensor:
         """Bool (batch, heads, q_len, kv_len) on the mask's device, True = attend."""
@@ -224,7 +267,8 @@ class SparseMask:
     def stats(self) -> MaskStats:
         """What the planner needs to know of the mask: read back once, then cached until the next `update_`.
 
-        With fixed capacity the content may change without the host's knowledge, so the stats are those of full buffers.
+        With fixed capacity the content may change without the host's knowledge, so the stats are those of full buffers, and
+        plans come from shape and capacity alone.
         """
         if "stats" not in self._cache:
             strips, cols = self.batch * self.heads * cells.n_strips(self.q_len), cells.n_cols(self.kv_len)
@@ -243,89 +287,68 @@ class SparseMask:
         positions = self.batch * self.heads * self.q_len * self.kv_len
         return int(self.counts[2]) / positions if positions else 0.0
 
-    def prepare(self, q: Tensor, k: Tensor) -> SparseMask:
-        """Plan for these tensors now and keep the plan for compiled calls, which cannot plan; returns the mask.
-
-        Eager calls plan by themselves at the first use with each problem.
-        """
-        self.plan.copy_(self.plan_words(q, k))
-        return self
-
     def plan_for(self, q: Tensor, k: Tensor, policy: str = "cost") -> Plan:
         """The planner's choice for q (B, Hq, Lq, D) and k (B, Hkv, Lk, D), made once per problem and kept until `update_`."""
-        key = (policy, q.shape, k.shape, q.dtype, torch.get_num_threads())
+        key = (policy, *_problem_key(q, k))
         if key not in self._cache:
+            dtype = str(q.dtype).removeprefix("torch.")
             problem = AttentionProblem(
-                q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], str(q.dtype)[6:], self.stats
+                q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], dtype, self.stats
             )
             self._cache[key] = choose(problem, device_spec(self.device), policy)
         return self._cache[key]
 
-    def plan_words(self, q: Tensor, k: Tensor) -> Tensor:
-        """The same choice as the registered operator takes it, int64 (4,) on the CPU."""
-        key = ("words", q.shape, k.shape, q.dtype, torch.get_num_threads())
-        if key not in self._cache:
-            self._cache[key] = torch.tensor(self.plan_for(q, k).config.words, dtype=torch.int64)
-        return self._cache[key]
+    def layout_for(self, q: Tensor, k: Tensor, config: KernelConfig | None = None) -> Layout:
+        """What the kernel planned for q and k reads (or the kernel of ``config``), derived at first use and then kept.
+
+        Raises RuntimeError inside a CUDA graph capture if it was not derived before: call `prepare` first.
+        """
+        key = ("layout", config, *_problem_key(q, k))
+        layout = self._cache.get(key)
+        if layout is None:
+            config = config or self.plan_for(q, k).config
+            copies = q.shape[0] * q.shape[1] // (self.batch * self.heads)
+            layout = self._layouts.get((config, copies))
+            if layout is None:
+                layout = self._derive(config, copies)
+            self._cache[key] = layout
+        if self.device.type == "cuda" and not self.fixed and torch.cuda.is_current_stream_capturing():
+            self._cache["captured"] = True
+        return layout
+
+    def _derive(self, config: KernelConfig, copies: int) -> Layout:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"mask {self.name}: its layout for {config} was not derived before this graph capture; "
+                "call mask.prepare(q, k) before capturing"
+            )
+        layout = derive(self, config, copies)
+        self._layouts[config, copies] = layout
+        return layout
+
+    def prepare(self, q: Tensor, k: Tensor) -> SparseMask:
+        """Plan and derive the layout for q (B, Hq, Lq, D) and k (B, Hkv, Lk, D) now; returns the mask.
+
+        Compiled calls and graph captures, which can do neither, use what was prepared last. Eager calls prepare by themselves.
+        """
+        self.layout = self.layout_for(q, k)
+        return self
 
     def to(self, device: torch.device | str) -> SparseMask:
         """The same mask on another device (itself if it is there already); plans are made anew."""
         device = torch.device(device)
         if device == self.device or (device.index is None and device.type == self.device.type):
             return self
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS if name != "plan"}
-        return replace(self, **moved, plan=torch.full_like(self.plan, _UNPLANNED))
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS}, layout=None)
 
     def __repr__(self) -> str:
         shape = "x".join(str(n) for n in self.shape)
         return f"SparseMask({self.name}, {shape}, {self.capacity} cells{' fixed' if self.fixed else ''}, {self.device})"
 
 
-def _four_dims(keep: Tensor, q_len: int | None, kv_len: int | None, what: str = "keep") -> Tensor:
-    """``keep`` as a 4-D bool view whose shared batch and head dimensions have size 1 and whose last two are full."""
-    if not isinstance(keep, Tensor):
-        raise TypeError(f"{what}: got {type(keep).__name__}, allowed: a bool tensor")
-    if keep.dtype != torch.bool:
-        raise TypeError(f"{what}: dtype {keep.dtype}, allowed: torch.bool (True = attend)")
-    if not 1 <= keep.dim() <= 4:
-        raise ValueError(f"{what}: {keep.dim()} dimensions, allowed: 1 to 4, broadcastable to (B, H, Lq, Lk)")
-    given = tuple(keep.shape)
-    keep = keep[(None,) * (4 - keep.dim())]
-    for dim in (0, 1):
-        if keep.shape[dim] == 0:
-            raise ValueError(f"{what}: shape {given} has no planes, allowed: batch and head sizes >= 1")
-        if keep.stride(dim) == 0:
-            keep = keep.narrow(dim, 0, 1)
-    for dim, length in ((2, q_len), (3, kv_len)):
-        if length is not None and keep.shape[dim] not in (1, length):
-            raise ValueError(f"{what}: shape {given}, allowed: the last two dimensions 1 or ({q_len}, {kv_len})")
-    return keep.expand(-1, -1, keep.shape[2] if q_len is None else q_len, keep.shape[3] if kv_len is None else kv_len)
-
-
-def _check_sizes(where: str, q_len: int, kv_len: int, batch: int, heads: int) -> None:
-    for name, value, low in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("batch", batch, 1), ("heads", heads, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{where}: {name} is {value!r}, allowed: an integer >= {low}")
-        if value < low:
-            raise ValueError(f"{where}: {name} is {value}, allowed: an integer >= {low}")
-
-
-def _shape_class(n: int) -> int:
-    """The next power of two from 64 on."""
-    return 1 << max(6, (n - 1).bit_length())
-
-
-def _capacity(capacity: int | str | None, lists: CellLists, most: int) -> tuple[int, int]:
-    """Sizes of the cell and bit buffers; ``most`` is the number of all cells."""
-    if capacity is None:
-        return _shape_class(lists.cell_col.numel()), _shape_class(lists.cell_bits.shape[0])
-    if capacity == "max":
-        n = max(1, most)
-    elif isinstance(capacity, int) and not isinstance(capacity, bool) and capacity >= 1:
-        n = min(capacity, max(1, most))
-    else:
-        raise ValueError(f'capacity is {capacity!r}, allowed: None, "max" or a number of 16 x 16 cells >= 1')
-    return n, n
+def _problem_key(q: Tensor, k: Tensor) -> tuple:
+    """What a plan depends on besides the mask."""
+    return q.shape, k.shape, q.dtype, torch.get_num_threads()
 
 
 def _damage(mask: SparseMask, listed: int, bit_rows: int) -> str | None:
@@ -346,16 +369,19 @@ def _damage(mask: SparseMask, listed: int, bit_rows: int) -> str | None:
 
 
 def _flatten(mask: SparseMask) -> tuple[list[Tensor], tuple]:
-    static = tuple((f.name, getattr(mask, f.name)) for f in fields(mask) if f.init and f.name not in _TENSORS)
-    return [getattr(mask, name) for name in _TENSORS], static
+    tensors = [getattr(mask, name) for name in _TENSORS]
+    static = tuple(
+        (f.name, getattr(mask, f.name)) for f in fields(mask) if f.init and f.name not in (*_TENSORS, "layout")
+    )
+    return [*tensors, *(mask.layout.tensors if mask.layout else ())], static
 
 
 def _unflatten(tensors: list[Tensor], static: tuple) -> SparseMask:
-    return SparseMask(*tensors, **dict(static))
+    n = len(_TENSORS)
+    layout = Layout(*tensors[n:]) if len(tensors) > n else None
+    return SparseMask(*tensors[:n], **dict(static), layout=layout)
 
 
-def _register_pytree(register: Callable) -> None:
-    register(SparseMask, _flatten, _unflatten, serialized_type_name="stof_kernels.SparseMask")
-
-
-_register_pytree(torch.utils._pytree.register_pytree_node)
+torch.utils._pytree.register_pytree_node(
+    SparseMask, _flatten, _unflatten, serialized_type_name="stof_kernels.SparseMask"
+)

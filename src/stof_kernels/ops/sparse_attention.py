@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import SparseMask
+from ..formats import Layout, SparseMask
 from ..kernels import raw
 from ..planner import Plan
 
@@ -42,17 +42,16 @@ def sparse_attention(
         bias = _check_bias(bias, q, k)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    # A compiled graph cannot plan, so it passes on what prepare() left on the mask.
-    plan_words = mask.plan if torch.compiler.is_compiling() else mask.plan_words(q, k)
+    ptr, col, slot, bits, plan_words = _layout(mask, q, k).tensors
     out, lse = raw.sparse_attention(
         q,
         k,
         v,
         bias,
-        mask.strip_ptr,
-        mask.cell_col,
-        mask.cell_slot,
-        mask.cell_bits,
+        ptr,
+        col,
+        slot,
+        bits,
         mask.counts,
         plan_words,
         mask.q_len,
@@ -131,6 +130,21 @@ def _as_mask(mask: SparseMask | Tensor, q: Tensor, k: Tensor) -> SparseMask:
         got, want = (mask.batch, mask.heads), (batch, heads)
         raise ValueError(f"sparse_attention: mask has (batch, heads) {got}, allowed: 1 or q's {want} in each")
     return mask
+
+
+def _layout(mask: SparseMask, q: Tensor, k: Tensor) -> Layout:
+    """What the planned kernel reads. A compiled graph cannot plan, so it passes on what `prepare` left on the mask."""
+    if not torch.compiler.is_compiling():
+        return mask.layout_for(q, k)
+    if mask.layout is not None:
+        return mask.layout
+    if q.device.type != "cpu":
+        raise RuntimeError(
+            "sparse_attention: this mask is not prepared, and a compiled call cannot; call mask.prepare(q, k)"
+        )
+    return Layout(
+        mask.strip_ptr, mask.cell_col, mask.cell_slot, mask.cell_bits, torch.full((4,), -1, dtype=torch.int64)
+    )
 
 
 def _check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from .problem import AttentionProblem
 
 ROW_WISE, BLOCK_WISE = "row_wise", "block_wise"
 _CODES = {ROW_WISE: 0, BLOCK_WISE: 1}
+SHAPES = ("wide", "tall", "large", "split")
+"""Arrangements of the CUDA block-wise kernel, in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,21 @@ class KernelConfig:
     kernel: str
     q_tile: int
     kv_chunk: int
+    """Block-wise on the CPU: keys per softmax step. On CUDA: key tiles after which a row of tiles is cut and shared between
+    thread blocks; 0 never, -1 at the fair share of the device."""
+    shape: int = 0
+    """Block-wise on CUDA: the kernel's arrangement of warps, its place in SHAPES plus one; 0 elsewhere."""
 
     @property
     def words(self) -> tuple[int, int, int, int]:
         """The launch plan as the registered operator takes it."""
-        return _CODES[self.kernel], self.q_tile, self.kv_chunk, 0
+        return _CODES[self.kernel], self.q_tile, self.kv_chunk, self.shape
 
     def __str__(self) -> str:
         if self.kernel == ROW_WISE:
             return ROW_WISE
-        return f"{self.kernel}(q_tile={self.q_tile}, kv_chunk={self.kv_chunk})"
+        shape = f", {SHAPES[self.shape - 1]}" if self.shape else ""
+        return f"{self.kernel}(q_tile={self.q_tile}, kv_chunk={self.kv_chunk}{shape})"
 
 
 _CPU_CANDIDATES = (
