@@ -1,0 +1,1 @@
+"""Integrations: the library behind other people's front doors. Importing this package imports none of them."""
