@@ -92,7 +92,7 @@ TARGETS: dict[str, Target] = {
             *_instruction_sets(),
         ),
         sources=("attention/cpu", "format/cpu", "bindings/check.h", *_CPU_BINDINGS),
-        seconds=30,
+        seconds=15,
     ),
 }
 
@@ -166,22 +166,24 @@ def is_complete(folder: Path) -> bool:
 def build(target: str = "cpu", *, progress: Callable[[str], object] = print, force: bool = False) -> Path:
     """Path of the library of ``target``; compiles it if the cache does not have it.
 
-    ``progress`` receives one line if anything is compiled. ``force`` links anew even if the library is there. Safe to
-    call from several processes at once, and to kill at any time. Raises BuildError.
+    ``progress`` receives one line if anything is compiled. ``force`` compiles everything anew. Safe to call
+    from several processes at once, and to kill at any time. Raises BuildError.
     """
     folder = library_dir(target)
     if is_complete(folder) and not force:
         return folder / LIBRARY
-    with _lock(settings.cache_dir() / "work" / f"{target}.lock"):
+    with _lock(settings.cache_dir() / "work" / f"{target}.lock") as lock:
         if force or not is_complete(folder):  # another process may have built it while this one waited
             progress(f"stof-kernels: compiling the {target} kernels, about {target_of(target).seconds} s ...")
-            _compile(target, folder)
+            if force:
+                shutil.rmtree(settings.cache_dir() / "work" / target, ignore_errors=True)
+            _compile(target, folder, lock)
     return folder / LIBRARY
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds an advisory lock; the system drops it when its holder dies."""
+def _lock(path: Path) -> Iterator[int]:
+    """Holds an advisory lock and yields its descriptor; the system drops the lock when its last holder dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("w")
@@ -192,14 +194,14 @@ def _lock(path: Path) -> Iterator[None]:
         ) from None
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle.fileno()
 
 
-def _compile(target: str, folder: Path) -> None:
+def _compile(target: str, folder: Path, lock: int) -> None:
     work = settings.cache_dir() / "work" / target
     _stage(target_of(target), work / "csrc")
     (work / "build.ninja").write_text(_ninja_file(target), encoding="utf-8")
-    _run_ninja(target, work)
+    _run_ninja(target, work, lock)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f".{target}-*.tmp"):  # of a builder that was killed: we hold the lock
         shutil.rmtree(leftover)
@@ -257,11 +259,12 @@ def _ninja_file(target: str) -> str:
     return "\n".join(lines)
 
 
-def _run_ninja(target: str, work: Path) -> None:
+def _run_ninja(target: str, work: Path, lock: int) -> None:
     log = work / "build.log"
     command = [ninja(), "-C", str(work), "-j", str(settings.max_build_jobs()), "-v"]
     with log.open("w", encoding="utf-8") as out:
-        run = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+        # ninja holds the lock too: if this process is killed, the next builder waits until its compilers are done.
+        run = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False, pass_fds=(lock,))
     if run.returncode:
         raise BuildError(f"compiling the {target} kernels failed; the compiler's output is in {log}")
 
