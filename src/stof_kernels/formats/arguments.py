@@ -28,6 +28,7 @@ def four_dims(keep: Tensor, q_len: int | None, kv_len: int | None, what: str = "
 
 
 def check_sizes(where: str, q_len: int, kv_len: int, batch: int, heads: int) -> None:
+    """Raise TypeError or ValueError unless lengths are integers >= 0 and plane counts integers >= 1."""
     for name, value, low in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("batch", batch, 1), ("heads", heads, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{where}: {name} is {value!r}, allowed: an integer >= {low}")

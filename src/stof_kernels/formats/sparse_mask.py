@@ -307,7 +307,7 @@ class SparseMask:
         layout = self._cache.get(key)
         if layout is None:
             config = config or self.plan_for(q, k).config
-            copies = q.shape[0] * q.shape[1] // (self.batch * self.heads)
+            copies = max(1, q.shape[0] * q.shape[1] // (self.batch * self.heads))
             layout = self._layouts.get((config, copies))
             if layout is None:
                 layout = self._derive(config, copies)
