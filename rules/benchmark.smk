@@ -16,7 +16,7 @@ rule bench:
     conda:
         "../envs/stof.yaml"
     # All cores and the GPU: nothing else runs beside a measurement.
-    threads: workflow.cores
+    threads: ALL_CORES
     resources:
         gpu=lambda wildcards: int(MEASURED[wildcards.gpu].device == "cuda"),
         gpu_model=gpu_model,

@@ -13,7 +13,7 @@ rule build_extension:
         digest="[0-9a-f]+",
     conda:
         "../envs/stof.yaml"
-    threads: workflow.cores
+    threads: ALL_CORES
     params:
         code=digest_of("build_extension.py", ["kernels/build.py"]),
     script:

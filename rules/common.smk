@@ -27,9 +27,10 @@ def resolve_targets():
     """Targets of this run; a job that a cluster runs takes over what the planning process decided."""
     if workflow.remote_exec and targets.HANDOVER_VARIABLE in os.environ:
         return targets.handed_over(os.environ[targets.HANDOVER_VARIABLE])
-    # A dry-run hides the executor; a number of jobs without one of cores belongs to a cluster's profile.
-    elsewhere = workflow.non_local_exec or (
-        workflow.dryrun and workflow.resource_settings.nodes is not None
+    # The executor is not known yet. A cluster's profile sets a number of jobs and none of cores; a dry-run fills in the cores.
+    limits = workflow.resource_settings
+    elsewhere = limits.nodes is not None and (
+        limits.cores is None or workflow.output_settings.dryrun
     )
     return targets.resolve(
         config["gpu"],
@@ -63,6 +64,9 @@ envvars:
 if workflow.is_main_process:
     for target in TARGETS.values():
         logger.info(str(target))
+
+# Threads of a job that runs alone. A cluster's profile sets them per rule and leaves the cores open.
+ALL_CORES = workflow.resource_settings.cores or 1
 
 MEASURED = {
     name: target

@@ -34,6 +34,7 @@ for figure in FIGURES.values():
             targets=[
                 (target.name, target.label, target.source)
                 for target in TARGETS.values()
+                if figure.experiments
             ],
             code=digest_of(
                 "plot.py",

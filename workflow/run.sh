@@ -29,4 +29,4 @@ if [ -n "$(ls -A .snakemake/locks 2>/dev/null)" ]; then
     echo "make: clearing the lock of a run that was killed"
     rm -f .snakemake/locks/*
 fi
-exec .venv/bin/snakemake "$@"
+exec snakemake "$@"

@@ -1,0 +1,86 @@
+"""What is planned, for every target, profile and way to say which GPU; nothing is run here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from stof_kernels import baselines
+from stof_kernels.figures import FIGURES
+
+METHODS = len(baselines.methods_for("mha"))
+TABLES = len({experiment for figure in FIGURES.values() for experiment in figure.experiments})
+
+
+def test_every_stage_is_a_target(repo) -> None:
+    assert repo.planned("build", "--config", "gpu=cpu") == {"build_extension": 1, "build": 1}
+    assert repo.planned("bench_mha", "--config", "gpu=cpu") == {"build_extension": 1, "bench": METHODS, "bench_mha": 1}
+    aggregate = repo.planned("aggregate", "--config", "gpu=cpu")
+    assert aggregate["bench"] == METHODS
+    assert aggregate["aggregate_experiment"] == TABLES
+    everything = repo.planned("all", "--config", "gpu=cpu")
+    assert {name for name in everything if name.startswith("plot_")} == {f"plot_{figure}" for figure in FIGURES}
+    assert everything == repo.planned("--config", "gpu=cpu")  # all is the default
+    figures = repo.planned("figures", "--config", "gpu=cpu")
+    assert {k: v for k, v in figures.items() if k != "figures"} == {k: v for k, v in everything.items() if k != "all"}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_figure_is_a_target(repo, figure: str) -> None:
+    jobs = repo.planned(f"results/{figure}.pdf", "--config", "gpu=4090")
+    assert jobs.pop(f"plot_{figure}") == 1
+    assert jobs == ({"aggregate_experiment": 1} if FIGURES[figure].experiments else {})
+
+
+def test_a_gpu_that_is_not_here_measures_nothing(repo) -> None:
+    jobs = repo.planned("--config", "gpu=4090")
+    assert "bench" not in jobs
+    assert "build_extension" not in jobs
+    assert jobs["aggregate_experiment"] == TABLES
+    output = repo.snakemake("--dry-run", "--config", "gpu=4090,a100")
+    assert output.startswith("gpu 4090: recorded rows (this machine has no CUDA device; source: auto)\ngpu a100: ")
+    assert "results/recorded/4090/mha/stof.csv" in output
+    assert "results/recorded/a100/mha/stof.csv" in output
+
+
+def test_source_recorded_never_measures(repo) -> None:
+    assert "bench" not in repo.planned("--config", "gpu=cpu", "source=recorded")
+
+
+def test_only_methods_that_run_our_kernels_wait_for_the_build(repo) -> None:
+    assert repo.planned("results/measured/cpu/mha/sdpa.csv", "--config", "gpu=cpu") == {"bench": 1}
+    jobs = repo.planned("results/measured/cpu/mha/stof.csv", "--config", "gpu=cpu")
+    assert jobs == {"build_extension": 1, "bench": 1}
+
+
+def test_unknown_paths_have_no_rule(repo) -> None:
+    for path in (
+        "results/measured/a100/mha/stof.csv",
+        "results/measured/cpu/mha/abacus.csv",
+        "results/tables/abacus.csv",
+    ):
+        assert "MissingRuleException" in repo.snakemake("--dry-run", path, "--config", "gpu=cpu", status=1)
+
+
+def test_measuring_jobs_run_alone(repo) -> None:
+    output = repo.snakemake("--dry-run", "--cores", "7", "results/measured/cpu/mha/sdpa.csv", "--config", "gpu=cpu")
+    assert re.search(r"rule bench:(?s:.*)threads: 7\n", output)
+
+
+def test_slurm_profile_plans_gpu_jobs(repo) -> None:
+    """The executor's plugin is not installed here: the profile is read whole, and only its executor is replaced."""
+    slurm = ("--workflow-profile", "profiles/slurm", "--executor", "local")
+    output = repo.snakemake("--dry-run", *slurm, "bench_mha", "--config", "gpu=h200", "source=measure")
+    assert "measured by the cluster's jobs" in output
+    job = re.search(r"rule bench:(?s:.*?)resources: (.*)\n", output).group(1)
+    for resource in ("gpu=1", "gpu_model=h200", "mem_mb=32000", "runtime=240"):
+        assert resource in job
+    jobs = repo.planned(*slurm, "--config", "gpu=cpu")
+    assert jobs["bench"] == METHODS
+
+
+def test_lint_and_report_captions(repo) -> None:
+    assert "good condition" in repo.snakemake("--lint")
+    for figure in FIGURES.values():
+        assert (repo.path / "workflow" / "report" / figure.caption).stat().st_size > 100
