@@ -1,0 +1,140 @@
+"""Checks of the configuration, each failure one line, and what a measuring job is told."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stof_kernels import baselines
+from stof_kernels.benchmarking import config as checks
+from stof_kernels.benchmarking.config import ConfigError
+from stof_kernels.benchmarking.measurement import Measurement, write_rows
+from stof_kernels.benchmarking.pages import page_facts
+from stof_kernels.provenance import code_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
+CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+CONFIG["gpus"]["cpu"]["match"] = "(?!)"  # as validation fills it in
+
+
+def changed(place: str, value: Any) -> dict[str, Any]:
+    """The configuration with one value changed; ``place`` is a path with slashes."""
+    config = copy.deepcopy(CONFIG)
+    section, *keys = config, *place.split("/")
+    for key in keys[:-1]:
+        section = section[int(key) if key.isdigit() and isinstance(section, list) else key]
+    section[keys[-1]] = value
+    return config
+
+
+def check(config: dict[str, Any]) -> None:
+    checks.normalize(config)
+    checks.check_schema(config, SCHEMA)
+    checks.check_relations(config)
+
+
+def test_the_configuration_itself_passes() -> None:
+    check(copy.deepcopy(CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("sede", 1, "config: unknown key 'sede', did you mean 'seed'?; allowed: gpu, source, gpus, seed, experiments"),
+        ("experiments/mha/head", 3, "config experiments.mha: unknown key 'head', did you mean 'heads'?"),
+        ("experiments/mhb", {}, "config experiments: unknown key 'mhb', did you mean 'mha'?; allowed: mha"),
+        ("experiments/mha/timing/cpu/warm_up", 1, "config experiments.mha.timing.cpu: unknown key 'warm_up'"),
+        ("experiments/mha/sizes/cpu/0/seqlen", [1], "config experiments.mha.sizes.cpu.0: unknown key 'seqlen'"),
+        ("experiments/mha/heads", 0, "config experiments.mha.heads: 0 is less than the minimum of 1; allowed: "),
+        ("experiments/mha/heads", "12", "config experiments.mha.heads: '12' is not of type 'integer'; allowed: "),
+        (
+            "experiments/mha/head_dim",
+            60,
+            "config experiments.mha.head_dim: 60 is not a multiple of 8; allowed: elements of one head",
+        ),
+        ("experiments/mha/dtype/cpu", "float16", "config experiments.mha.dtype.cpu: 'float16' is not one of"),
+        ("experiments/mha/masks", [], "config experiments.mha.masks: "),
+        ("experiments/mha/masks", ["casual"], "config experiments.mha.masks: 'casual' is unknown, allowed: causal, "),
+        ("experiments/mha/methods", ["fa7"], "config experiments.mha.methods: 'fa7' is unknown, allowed: stof, "),
+        ("experiments/mha/methods", "fa7", "config experiments.mha.methods: 'fa7' is unknown, allowed: all, stof, "),
+        ("experiments/mha/timing/cpu/max_samples", 2, "config experiments.mha.timing.cpu: min_samples 5 is above"),
+        ("experiments/mha/sizes/cpu/1/batch", 1, "config experiments.mha.sizes.cpu: batch 1 is listed twice"),
+        ("gpus/a100/match", "(", "config gpus.a100.match: '(' is no regular expression"),
+        ("gpus/a100/device", "cpu", "config gpus.a100: device cpu does not go with arch 'sm_80'"),
+        ("gpus/auto", {"label": "x", "arch": "cpu"}, "config gpus: unknown key 'auto'"),
+        ("source", "here", "config source: 'here' is not one of ['auto', 'measure', 'recorded']"),
+        ("seed", -1, "config seed: -1 is less than the minimum of 0"),
+    ],
+)
+def test_each_mistake_is_one_line(place: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(changed(place, value))
+    assert str(raised.value).startswith(said)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unquoted_number_names_a_gpu() -> None:
+    config = copy.deepcopy(CONFIG)
+    config["gpus"][4090] = config["gpus"].pop("4090")
+    check(config)
+    assert "4090" in config["gpus"]
+
+
+def test_settings_of_a_job_are_its_device_s() -> None:
+    settings = checks.job_settings(CONFIG, "mha", "cpu")
+    assert settings["dtype"] == "float32"
+    assert settings["sizes"] == CONFIG["experiments"]["mha"]["sizes"]["cpu"]
+    assert settings["timing"] == CONFIG["experiments"]["mha"]["timing"]["cpu"]
+    assert checks.job_settings(CONFIG, "mha", "cuda")["sizes"] == CONFIG["experiments"]["mha"]["sizes"]["cuda"]
+
+
+def test_selected_methods() -> None:
+    assert checks.selected_methods(CONFIG, "mha") == baselines.methods_for("mha")
+    some = changed("experiments/mha/methods", ["sdpa", "stof"])
+    assert [spec.id for spec in checks.selected_methods(some, "mha")] == ["stof", "sdpa"]
+    assert checks.selected_methods(CONFIG, "end_to_end") == []
+
+
+def record(folder: Path, name: str, provenance: str, **values: Any) -> Path:
+    row = {"experiment": "mha", "gpu": "a100", "method": name, "metric": "device_time", "median": 1.5} | values
+    path = folder / "a100" / "mha" / f"{name}.csv"
+    write_rows(path, [Measurement(**row)])
+    path.with_name(f"{name}.provenance.json").write_text(provenance, encoding="utf-8")
+    return path
+
+
+def test_recorded_rows_belong_to_their_path(tmp_path: Path) -> None:
+    record(tmp_path, "stof", "{}")
+    checks.check_recorded(tmp_path, "a100")
+    checks.check_recorded(tmp_path, "cpu")
+    for column, value in (("gpu", "h200"), ("experiment", "mha_long"), ("method", "sdpa")):
+        path = record(tmp_path, "stof", "{}", **{column: value})
+        with pytest.raises(ConfigError, match=rf"^recorded rows: {path}: a row of {column} '{value}', allowed: .*$"):
+            checks.check_recorded(tmp_path, "a100")
+
+
+@pytest.mark.parametrize("provenance", ["", "[]", '{"gpu": '])
+def test_recorded_rows_have_a_provenance(tmp_path: Path, provenance: str) -> None:
+    record(tmp_path, "stof", provenance)
+    with pytest.raises(ConfigError, match=r"^recorded rows: .*stof\.provenance\.json.*$"):
+        checks.check_recorded(tmp_path, "a100")
+
+
+def test_page_says_date_stale_methods_and_why_there_are_no_rows(tmp_path: Path) -> None:
+    depends = baselines.get("sdpa").depends_on("cpu")
+    measured = '{{"date": "{}", "machine": {{"device": "cpu"}}, "code": {{"digest": "{}", "parts": {{}}}}}}'
+    tables = [
+        record(tmp_path, "sdpa", measured.format("2026-01-02", code_digest(depends))),
+        record(tmp_path, "torch_native", measured.format("2026-01-03", "0" * 12)),
+        record(tmp_path, "fa2", '{"kind": "published", "date": "2025-08-31"}'),
+    ]
+    facts = page_facts("a100", "recorded", ("mha",), tables)
+    assert facts == {"date": "2026-01-03", "stale": ("torch_native",), "missing_reason": ""}
+    absent = page_facts("h200", "recorded", ("mha",), tables)
+    assert absent["missing_reason"].startswith("no rows of mha are recorded for h200")
+    assert "config.yaml" in page_facts("h200", "measured", ("end_to_end",), tables)["missing_reason"]
