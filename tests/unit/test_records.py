@@ -12,8 +12,10 @@ import pytest
 from stof_kernels import provenance as code
 from stof_kernels.benchmarking import records
 from stof_kernels.benchmarking.__main__ import main
+from stof_kernels.benchmarking.experiments import attention_cell
 from stof_kernels.benchmarking.measurement import Measurement, read_rows, write_rows
 from stof_kernels.benchmarking.runner import run_job
+from stof_kernels.benchmarking.timing import Budget
 
 SETTINGS = {
     "masks": ["causal"],
@@ -28,7 +30,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     root = tmp_path_factory.mktemp("results")
-    for name in ("sdpa", "splat"):
+    for name in ("sdpa", "splat", "stof"):
         folder = root / "measured" / "cpu" / "mha"
         run_job(
             "cpu", "mha", name, SETTINGS, folder / f"{name}.csv", folder / f"{name}.provenance.json", root / "j", "cpu"
@@ -61,8 +63,8 @@ def change_provenance(csv, **values) -> None:
 
 def test_measured_rows_become_recorded_ones(results, capsys):
     assert call("record", "--gpu", "cpu", "--results", results) == 0
-    assert capsys.readouterr().out.count("recorded ") == 2
-    for name in ("sdpa", "splat"):
+    assert capsys.readouterr().out.count("recorded ") == 3
+    for name in ("sdpa", "splat", "stof"):
         source, target = (results / kind / "cpu/mha" / f"{name}.csv" for kind in ("measured", "recorded"))
         assert read_rows(target) == read_rows(source)
         assert records.read_provenance(target) == records.read_provenance(source)
@@ -90,8 +92,8 @@ def test_published_rows_are_replaced_only_on_request(results, capsys):
 
 
 def test_nothing_to_record_says_what_there_is(results, capsys):
-    assert "measured there: mha/sdpa, mha/splat" in fails(
-        capsys, "record", "--gpu", "cpu", "--method", "stof", "--results", results
+    assert "measured there: mha/sdpa, mha/splat, mha/stof" in fails(
+        capsys, "record", "--gpu", "cpu", "--method", "fa2", "--results", results
     )
     assert "measured there: nothing" in fails(capsys, "record", "--gpu", "h200", "--results", results)
 
@@ -126,15 +128,24 @@ def test_older_code_is_listed_with_what_changed(results, capsys, monkeypatch):
     monkeypatch.setattr(code, "normalized_source", edited)
     assert call("stale", "--results", results) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1  # splat is not timed: it depends on nothing but its own module
+    assert len(lines) == 2  # splat is not timed: it depends on nothing but its own module
     assert re.search(
         r"sdpa\.csv: measured with code \w{12}, today's is \w{12} \(changed: benchmarking/timing\.py\)", lines[0]
     )
     assert call("stale", "--strict", "--results", results) == 1
 
 
-def test_a_recorded_method_that_is_gone_is_stale(results):
+def test_other_build_flags_are_listed(results):
     call("record", "--gpu", "cpu", "--results", results)
+    assert records.stale(results) == []
+    csv = results / "recorded/cpu/mha/stof.csv"
+    build = records.read_provenance(csv)["build"]
+    change_provenance(csv, build=build | {"flags": [*build["flags"], "-O0"]})
+    assert [(entry.csv, entry.changed) for entry in records.stale(results)] == [(csv, ("build flags",))]
+
+
+def test_a_recorded_method_that_is_gone_is_stale(results):
+    call("record", "--gpu", "cpu", "--method", "sdpa", "--results", results)
     folder = results / "recorded/cpu/mha"
     for suffix in (".csv", ".provenance.json"):
         (folder / f"sdpa{suffix}").rename(folder / f"forgotten{suffix}")
@@ -161,9 +172,21 @@ def test_a_duel_prints_a_ratio_with_its_spread(capsys):
     for line in lines:
         found = re.search(r"([\d.]+) us against ([\d.]+) us: ([\d.]+)x \(([\d.]+)-([\d.]+) over (\d+) turns\)", line)
         first, second, ratio, low, high, turns = map(float, found.groups())
-        assert low <= ratio <= high
-        assert 0.2 < ratio / (second / first) < 5
+        assert 0 < low <= ratio <= high
+        assert first > 0
+        assert second > 0
         assert turns >= 1
+
+
+def test_a_duel_is_decided_turn_by_turn(monkeypatch):
+    from stof_kernels.benchmarking import duel as module
+
+    # The machine is ten times slower in the second turn; the ratio of the two methods is 2 in each.
+    monkeypatch.setattr(module, "interleave", lambda arms, budget: [[[1.0, 1.0], [10.0]], [[2.0], [20.0, 20.0]]])
+    problem = attention_cell("causal:1x64", SETTINGS, "cpu").problem
+    outcome = module.duel(problem, "stof", "torch_native", Budget())
+    assert (outcome.ratio, outcome.ratio_p20, outcome.ratio_p80, outcome.turns) == (2.0, 2.0, 2.0, 2)
+    assert (outcome.first.median, outcome.second.median) == (1.0, 20.0)
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from stof_kernels.kernels import TARGETS
+
 from .registry import Prepared, Problem, Tensors, Unsupported, method
 from .sdpa import EXPERIMENTS
 
-_DEPENDS = ("formats", "ops", "planner", "kernels/raw.py", "kernels/csrc/bindings", "kernels/csrc/format")
-_ON_DEVICE = {"cpu": ("kernels/csrc/attention/cpu",)}
-_DEVICES = ("cpu",)
+_OURS = {
+    "depends": ("formats", "ops", "planner", "kernels/raw.py"),
+    # An edit of one device's kernels does not make the other's numbers old.
+    "on_device": {
+        "cpu": tuple(f"kernels/csrc/{name}" for name in TARGETS["cpu"].sources),
+        "cuda": ("kernels/csrc/attention/cuda", "kernels/csrc/format/cuda", "kernels/csrc/bindings"),
+    },
+}
 
 
-@method("stof", label="STOF", experiments=EXPERIMENTS, depends=_DEPENDS, on_device=_ON_DEVICE, devices=_DEVICES, rank=0)
+@method("stof", label="STOF", experiments=EXPERIMENTS, rank=0, **_OURS)
 def stof(problem: Problem, tensors: Tensors) -> Prepared:
     """The public call with a prepared mask; building the mask is timed apart."""
     from stof_kernels import SparseMask, sparse_attention
 
-    _require_dtype(problem)
+    _require_kernels(problem)
     q, k, v = tensors.q, tensors.k, tensors.v
 
     def build():
@@ -37,17 +44,17 @@ def _forced(problem: Problem, tensors: Tensors, kernel: str) -> Prepared:
     from stof_kernels import SparseMask
     from stof_kernels.kernels import raw
 
-    _require_dtype(problem)
+    _require_kernels(problem)
     q, k, v = tensors.q, tensors.k, tensors.v
     mask = SparseMask.from_pattern(problem.pattern, problem.q_len, problem.kv_len, device=problem.device)
     ranking = [config for config, _ in mask.plan_for(q, k).ranking if config.kernel == kernel]
     if not ranking:
         raise Unsupported(f"no {kernel} configuration is feasible for this problem")
-    words = mask.plan.new_tensor(ranking[0].words)
+    layout = mask.layout_for(q, k, ranking[0])
 
     def run():
         out, _ = raw.sparse_attention(
-            q, k, v, None, mask.strip_ptr, mask.cell_col, mask.cell_slot, mask.cell_bits, mask.counts, words,
+            q, k, v, None, layout.ptr, layout.col, layout.slot, layout.bits, mask.counts, layout.plan,
             mask.q_len, mask.kv_len, mask.batch, mask.heads, problem.scale, False,
         )  # fmt: skip
         return out
@@ -55,23 +62,29 @@ def _forced(problem: Problem, tensors: Tensors, kernel: str) -> Prepared:
     return Prepared(run, problem.pattern, note=str(ranking[0]))
 
 
-def _require_dtype(problem: Problem) -> None:
+def _require_kernels(problem: Problem) -> None:
+    import torch
+
+    from stof_kernels.formats.device import device_spec
+    from stof_kernels.planner import candidates
+
     allowed = ("float32", "bfloat16") if problem.device == "cpu" else ("float16", "bfloat16")
     if problem.dtype not in allowed:
         raise Unsupported(f"runs {' and '.join(allowed)} on {problem.device}")
+    try:
+        candidates(device_spec(torch.device(problem.device)))
+    except ValueError as reason:
+        raise Unsupported(str(reason)) from None
 
 
 # The forced kernels are in no experiment's table: `duel` measures them against the planned call or each other.
-_VARIANT = {"experiments": (), "depends": _DEPENDS, "on_device": _ON_DEVICE, "devices": _DEVICES}
-
-
-@method("stof_row_wise", label="STOF (row-wise)", rank=1, **_VARIANT)
+@method("stof_row_wise", label="STOF (row-wise)", experiments=(), rank=1, **_OURS)
 def stof_row_wise(problem: Problem, tensors: Tensors) -> Prepared:
     """Row-wise kernel whatever the planner says."""
     return _forced(problem, tensors, "row_wise")
 
 
-@method("stof_block_wise", label="STOF (block-wise)", rank=2, **_VARIANT)
+@method("stof_block_wise", label="STOF (block-wise)", experiments=(), rank=2, **_OURS)
 def stof_block_wise(problem: Problem, tensors: Tensors) -> Prepared:
     """Block-wise kernel whatever the planner says."""
     return _forced(problem, tensors, "block_wise")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stof_kernels import baselines
+from stof_kernels import baselines, kernels
 from stof_kernels.provenance import code_digest
 
 from .measurement import Measurement, MeasurementError, read_rows, write_rows
@@ -74,9 +74,20 @@ def staleness(csv: Path) -> Stale | None:
         raise RecordError(f"{provenance_of(csv)}: lacks code or machine, allowed: what a measuring job wrote") from None
     now = today_digests(csv.stem, device)
     today = code_digest(now) if now else ""
-    if today == recorded:
+    changed = sorted(name for name in then | now if then.get(name) != now.get(name))
+    if not _same_flags(provenance.get("build")):
+        changed.append("build flags")
+    if today == recorded and not changed:
         return None
-    return Stale(csv, recorded, today, tuple(sorted(n for n in then | now if then.get(n) != now.get(n))))
+    return Stale(csv, recorded, today, tuple(changed))
+
+
+def _same_flags(build: dict[str, Any] | None) -> bool:
+    """Whether our library is still compiled as it was for those numbers; true for methods that do not run it."""
+    if not build:
+        return True
+    target = kernels.TARGETS.get(build.get("target"))
+    return target is not None and build.get("flags") == [*target.flags, *target.link_flags]
 
 
 def stale(results: Path) -> list[Stale]:
