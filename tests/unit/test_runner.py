@@ -314,6 +314,7 @@ def test_provenance_says_how_and_on_what_but_not_where_or_who(job):
     assert provenance["kind"] == "measured"
     assert provenance["settings"] == SETTINGS
     assert provenance["seed"] == 3
+    assert "after 1 for warm-up" in provenance["protocol"]
     assert provenance["machine"]["threads"] == torch.get_num_threads()
     assert provenance["machine"]["name"]
     assert provenance["versions"]["torch"] == torch.__version__
@@ -359,6 +360,13 @@ def test_an_unknown_job_is_one_clear_line(job, experiment, name, message):
 def test_a_job_runs_on_a_known_kind_of_device(tmp_path):
     with pytest.raises(JobError, match="device is 'tpu', allowed: cpu, cuda"):
         run_job("cpu", "mha", "sdpa", SETTINGS, tmp_path / "a", tmp_path / "b", tmp_path / "c", "tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_job_for_a_gpu_that_torch_does_not_see_is_one_clear_line(tmp_path):
+    with pytest.raises(JobError, match=r"^torch \S+ sees no CUDA device here, allowed: a CUDA build of torch"):
+        run_job("h200", "mha", "sdpa", SETTINGS, tmp_path / "a", tmp_path / "b", tmp_path / "c", "cuda")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from .journal import Journal
 from .measurement import Measurement, write_rows
 from .timing import Budget
 
+_PROTOCOL = {
+    "cpu": "wall time of single calls after {warmup} for warm-up, in turns with the control; median, 20th and 80th percentile",
+    "cuda": "replays of a CUDA graph of up to {graph_calls} calls between events, divided by the calls, after {warmup} calls for "
+    "warm-up, in turns with the control; host time: up to {host_calls} eager calls between two synchronisations, divided by "
+    "their number; median, 20th and 80th percentile",
+}
 _LEFT_UNUSABLE = "not measured: an earlier cell left the GPU unusable in this process"
 
 
@@ -52,6 +59,7 @@ def run_job(
         rows = [row for cell in cells for row in job.missing(cell.problem, "unsupported", why_not)]
         print(f"{_name(job)}: {len(cells)} cells unsupported: {why_not}", flush=True)
     else:
+        _require_device(device)
         facts = _facts(job, settings, environment.machine(device))
         book = Journal(Path(journal), _identity(facts), about=environment.new_run())
         about = book.about | {"resumed": book.resumed}
@@ -74,6 +82,15 @@ def _resolve(experiment: str, method: str, settings: dict[str, Any], device: str
             f"method {method!r} is not part of experiment {experiment!r}, allowed: {', '.join(known.methods)}"
         )
     return spec, known.cells(settings, device)
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise JobError(
+            f"torch {torch.__version__} sees no CUDA device here, allowed: a CUDA build of torch and a driver for it"
+        )
 
 
 def _measure_all(cells: list[Cell], job: Measured, book: Journal) -> list[Measurement]:
@@ -128,6 +145,7 @@ def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> 
         "reimplemented": spec.reimplemented,
         "machine": machine,
         "versions": environment.versions(),
+        "protocol": _PROTOCOL[machine["device"]].format(**asdict(job.budget)),
         "seed": settings.get("seed", 0),
         "settings": settings,
         "code": {"digest": code_digest(depends), "parts": {name: code_digest([name]) for name in depends}},
