@@ -22,9 +22,9 @@ from .timing import Budget
 
 _PROTOCOL = {
     "cpu": "wall time of single calls after {warmup} for warm-up, in turns with the control; median, 20th and 80th percentile",
-    "cuda": "replays of a CUDA graph of up to {graph_calls} calls between events, divided by the calls, after {warmup} calls for "
-    "warm-up, in turns with the control; host time: up to {host_calls} eager calls between two synchronisations, divided by "
-    "their number; median, 20th and 80th percentile",
+    "cuda": "replays of a CUDA graph of up to {graph_calls} calls between events, divided by their number, after {warmup} "
+    "calls for warm-up, in turns with the control; host time: up to {host_calls} eager calls between two synchronisations, "
+    "divided by their number; median, 20th and 80th percentile",
 }
 _LEFT_UNUSABLE = "not measured: an earlier cell left the GPU unusable in this process"
 
