@@ -72,6 +72,20 @@ def test_measured_rows_become_recorded_ones(results, capsys):
     assert call("stale", "--strict", "--results", results) == 0
 
 
+def test_a_busy_machine_is_warned_about(results, capsys):
+    # The same control, five times slower beside one method than beside the other.
+    for name, median in (("sdpa", 100.0), ("stof", 500.0)):
+        csv = results / f"measured/cpu/mha/{name}.csv"
+        times = {"median": median, "p20": median, "p80": median}
+        write_rows(csv, [dataclasses.replace(r, **times) if r.metric == "control_time" else r for r in read_rows(csv)])
+    assert call("record", "--gpu", "cpu", "--results", results) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == [
+        "warning: mha causal:1x64: the control took 5.0x longer beside stof than beside sdpa; was the machine busy?"
+    ]
+    assert records.busy_cells([results / "measured/cpu/mha/sdpa.csv"]) == []
+
+
 def test_only_what_was_asked_for_is_recorded(results):
     assert call("record", "--gpu", "cpu", "--method", "splat", "--results", results) == 0
     assert [p.name for p in (results / "recorded").rglob("*.csv")] == ["splat.csv"]

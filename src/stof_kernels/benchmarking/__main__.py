@@ -55,8 +55,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _record(options: argparse.Namespace) -> int:
     experiments, methods = tuple(options.experiment), tuple(options.method)
-    for path in records.record(options.results, options.gpu, experiments, methods, options.replace):
+    written = records.record(options.results, options.gpu, experiments, methods, options.replace)
+    for path in written:
         print(f"recorded {path}")
+    for line in records.busy_cells(written):
+        print(f"warning: {line}; was the machine busy?", file=sys.stderr)
     return 0
 
 

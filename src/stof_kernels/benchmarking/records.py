@@ -14,6 +14,7 @@ from .measurement import Measurement, MeasurementError, read_rows, write_rows
 from .runner import write_json
 
 PROVENANCE = ".provenance.json"
+_BUSY = 1.3  # machines of one kind differ by a few percent, and so do runs on an idle one
 
 
 class RecordError(ValueError):
@@ -121,6 +122,25 @@ def record(
         write_json(provenance_of(target), provenance)
         write_rows(target, rows)
     return targets
+
+
+def busy_cells(tables: list[Path]) -> list[str]:
+    """Cells whose control, the same work in every table, took very different times: the machine was busy."""
+    controls: dict[tuple, dict[str, float]] = {}
+    for path in tables:
+        for row in read_rows(path):
+            if row.metric == "control_time" and row.median:
+                cell = (row.experiment, row.mask, row.batch, row.seq_len)
+                controls.setdefault(cell, {})[row.method] = row.median
+    found = []
+    for (experiment, mask, batch, seq_len), times in controls.items():
+        low, high = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
+        if times[high] > _BUSY * times[low]:
+            ratio = times[high] / times[low]
+            found.append(
+                f"{experiment} {mask}:{batch}x{seq_len}: the control took {ratio:.1f}x longer beside {high} than beside {low}"
+            )
+    return found
 
 
 def _check(csv: Path, gpu: str) -> tuple[list[Measurement], dict[str, Any]]:
