@@ -18,6 +18,7 @@ ALLOWED = {
     "kernels": {"masks", "planner", "provenance", "settings"},
     "formats": {"masks", "planner", "kernels"},
     "ops": {"masks", "planner", "kernels", "formats"},
+    "fusion": {"masks", "planner", "kernels", "formats", "ops", "provenance", "settings"},
     "integrations": {"masks", "planner", "kernels", "formats", "ops", "fusion", "provenance", "settings"},
     "baselines": {"masks", "planner", "kernels", "formats", "ops", "provenance", "settings"},
     "benchmarking": {"masks", "planner", "kernels", "formats", "ops", "baselines", "provenance", "settings"},

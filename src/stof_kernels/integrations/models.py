@@ -37,7 +37,7 @@ class Shape:
     vocab: int
 
 
-_TINY = Shape(layers=2, heads=2, hidden=128, ffn=256, kv_heads=2, vocab=1000)
+TINY = Shape(layers=2, heads=2, hidden=128, ffn=256, kv_heads=2, vocab=1000)
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,13 @@ class ModelSpec:
     model_class: str
     options: tuple[tuple[str, Any], ...] = ()
 
-    def shape(self, size: str) -> Shape:
-        """The widths of ``size``, ``paper`` or ``tiny``; ValueError for another."""
+    def shape(self, size: str | Shape) -> Shape:
+        """The widths of ``size``: ``paper``, ``tiny`` or any `Shape`; ValueError for another name."""
+        if isinstance(size, Shape):
+            return size
         if size not in ("paper", "tiny"):
             raise ValueError(f"model {self.id}: size {size!r}, allowed: paper, tiny")
-        return self.paper if size == "paper" else _TINY
+        return self.paper if size == "paper" else TINY
 
     def tokens(self, seq_len: int) -> int:
         """Tokens that the model sees for a nominal length: itself, or for images the nearest count of patches below it."""
@@ -175,7 +177,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    size: str = "paper",
+    size: str | Shape = "paper",
 ) -> nn.Module:
     """The model in inference mode with weights drawn from ``seed`` (`randomise_`), long enough for ``seq_len`` tokens.
 
@@ -231,7 +233,7 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    size: str = "paper",
+    size: str | Shape = "paper",
 ) -> dict[str, Tensor]:
     """Keyword arguments of one forward pass without masks, drawn from ``seed``."""
     chosen = spec(id)

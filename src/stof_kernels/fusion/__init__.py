@@ -1,0 +1,1 @@
+"""Fusion: the operators around attention, from a captured model to a tuned one."""
