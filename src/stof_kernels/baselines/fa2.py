@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @method(
     "fa2",
-    label="FlashAttention2",
+    label="FlashAttention-2",
     experiments=EXPERIMENTS,
     depends=("baselines/sdpa.py",),
     exact_by_design=False,

@@ -25,7 +25,7 @@ def require_fa4() -> None:
 
 @method(
     "flex_flash",
-    label="FlexAttention (FLASH back end)",
+    label="FlexAttention (FLASH)",
     experiments=EXPERIMENTS,
     depends=("baselines/flex_attention.py",),
     devices=("cuda",),

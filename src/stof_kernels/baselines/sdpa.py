@@ -8,7 +8,7 @@ from .registry import Prepared, Problem, Tensors, method
 EXPERIMENTS = ("mha", "mha_artifact")
 
 
-@method("sdpa", label="PyTorch SDPA + mask", experiments=EXPERIMENTS, rank=30)
+@method("sdpa", label="SDPA", experiments=EXPERIMENTS, rank=30)
 def sdpa(problem: Problem, tensors: Tensors) -> Prepared:
     """Default dispatch with the mask as a bool tensor, as most programs call it."""
     import torch.nn.functional as F

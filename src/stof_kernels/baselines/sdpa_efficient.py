@@ -8,7 +8,7 @@ from .sdpa import EXPERIMENTS, forced
 
 @method(
     "sdpa_efficient",
-    label="SDPA (memory-efficient)",
+    label="SDPA (efficient)",
     experiments=EXPERIMENTS,
     depends=("baselines/sdpa.py",),
     devices=("cuda",),

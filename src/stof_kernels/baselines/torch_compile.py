@@ -46,7 +46,7 @@ def torch_compile(problem: Problem, tensors: Tensors) -> Prepared:
 
 @method(
     "torch_compile_reduce_overhead",
-    label="PyTorch Compile (reduce-overhead)",
+    label="Compile (reduce-overhead)",
     experiments=("mha", "mha_artifact"),
     depends=_DEPENDS,
     devices=("cuda",),
@@ -63,7 +63,7 @@ def torch_compile_reduce_overhead(problem: Problem, tensors: Tensors) -> Prepare
 
 @method(
     "torch_compile_max_autotune",
-    label="PyTorch Compile (max-autotune)",
+    label="Compile (max-autotune)",
     experiments=("mha", "mha_artifact"),
     depends=_DEPENDS,
     devices=("cuda",),
