@@ -1,6 +1,7 @@
 # The checked configuration, the resolved GPUs, and the paths and helper functions that the rules share.
 import os
 import sys
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -80,12 +81,20 @@ def any_of(names):
     return "|".join(sorted(names)) or "(?!)"
 
 
+@cache
+def part_digest(name):
+    """Digest of one file or folder of the package, computed once: methods share most of what they depend on."""
+    return code_digest([name])
+
+
 def digest_of(script, depends):
     """What a rule's result depends on: package code by name, and the rule's script. Comments do not count."""
     own = normalized_source(ROOT / "workflow" / "scripts" / script)
-    return f"{code_digest(depends)} {sha256(own.encode()).hexdigest()[:12]}"
+    parts = [own, *(f"{name} {part_digest(name)}" for name in depends)]
+    return sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
+@cache
 def manifest(arch):
     """Product of the build for one architecture. The digest in its path makes a code edit plan the build and what needs it."""
     return f"results/build/{arch}-{source_digest(arch)}.json"
@@ -109,7 +118,9 @@ def extension_of(wildcards):
     compiled = any(
         name.startswith("kernels") for name in spec.depends_on(target.device)
     )
-    return manifest(target.arch) if runs and compiled else []
+    return (
+        manifest(target.arch) if runs and compiled and target.arch in BUILDABLE else []
+    )
 
 
 def gpu_model(wildcards):

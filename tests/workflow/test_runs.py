@@ -72,7 +72,7 @@ def test_code_edits_plan_what_depends_on_them_in_one_go(finished) -> None:
     append("baselines/torch_native.py", "\nUNUSED = 1\n")
     assert planned() == {"bench": 1}
     append("benchmarking/timing.py", "\nUNUSED = 1\n")
-    assert planned() == {"bench": 2}  # fa4, which is not here, was not timed
+    assert planned()["bench"] >= 2  # everything that is timed
 
 
 def test_settings_plan_only_measurements(finished) -> None:
