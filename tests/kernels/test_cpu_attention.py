@@ -220,6 +220,8 @@ BAD = {
     "bits": (lambda c: setattr(c["lists"], "bits", c["lists"].bits.int()), "bits has dtype Int, it must be Short"),
     "col": (lambda c: c["lists"].col.__setitem__(1, 3), r"corrupt mask: col\[1\] is 3, allowed are 0 to 2"),
     "slot": (lambda c: c["lists"].slot.__setitem__(2, 9), r"corrupt mask: slot\[2\] is 9"),
+    "full_tail": (lambda c: c["lists"].slot.__setitem__(2, -1), r"corrupt mask: slot\[2\] is -1, .* past the last"),
+    "bits_tail": (lambda c: c["lists"].bits.__setitem__((1, 4), -1), r"corrupt mask: slot\[5\] is 1, .* past the last"),
     "order": (lambda c: c["lists"].ptr.__setitem__(1, 7), "corrupt mask: ptr must not decrease"),
     "listed": (lambda c: c["lists"].ptr.__setitem__(2, 99), "corrupt mask: ptr lists 99 cells"),
     "kernel": (lambda c: c.update(plan=(2, 0, 0, 0)), r"plan\[0\] is 2"),
@@ -270,3 +272,13 @@ def test_backward_raises_one_line():
         out.sum().backward()
     with torch.no_grad():
         assert not attend(**call)[0].requires_grad
+
+
+def test_default_plan_takes_the_cheaper_kernel():
+    q, k, v = (torch.randn(1, 2, 128, 64) for _ in range(3))
+    thin, dense = np.eye(128, dtype=bool)[None, None], np.ones((1, 1, 128, 128), dtype=bool)
+    thin[..., ::7] = True
+    for keep, cheaper, other in ((thin, ROW_WISE, BLOCK_WISE), (dense, BLOCK_WISE, ROW_WISE)):
+        out = attend(q, k, v, lists_of(keep))[0]
+        assert torch.equal(out, attend(q, k, v, lists_of(keep), plan=cheaper)[0])
+        assert not torch.equal(out, attend(q, k, v, lists_of(keep), plan=other)[0])

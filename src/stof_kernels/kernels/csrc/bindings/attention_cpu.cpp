@@ -1,4 +1,5 @@
-// stof::sparse_attention on the CPU: checks its arguments, allocates the results, hands plain structs to the driver.
+// stof::sparse_attention on the CPU: checks its arguments, allocates the results, hands plain structs to the
+// driver.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -24,38 +25,40 @@ Array4 array_of(const Tensor& t) {
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t q_len, int64_t kv_len) {
   const ScalarType dtype = q.scalar_type();
   STOF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "sparse_attention: q has dtype ",
-                  torch::headeronly::toString(dtype), ", on the CPU it must be Float or BFloat16");
+             torch::headeronly::toString(dtype), ", on the CPU it must be Float or BFloat16");
   STOF_CHECK(q.dim() == 4, "sparse_attention: q has shape ", shape(q), ", it must be (B, Hq, Lq, D)");
   const auto check_kv = [&](const char* name, const Tensor& t) {
     STOF_CHECK(t.scalar_type() == dtype, "sparse_attention: ", name, " has dtype ",
-                    torch::headeronly::toString(t.scalar_type()), ", it must be q's, ",
-                    torch::headeronly::toString(dtype));
+               torch::headeronly::toString(t.scalar_type()), ", it must be q's, ",
+               torch::headeronly::toString(dtype));
     STOF_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(3) == q.size(3), "sparse_attention: ", name,
-                    " has shape ", shape(t), ", it must be (B, Hkv, Lk, D) with B and D of q ", shape(q));
+               " has shape ", shape(t), ", it must be (B, Hkv, Lk, D) with B and D of q ", shape(q));
   };
   check_kv("k", k);
   check_kv("v", v);
   STOF_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), "sparse_attention: v has shape ", shape(v),
-                  ", it must be that of k, ", shape(k));
+             ", it must be that of k, ", shape(k));
   STOF_CHECK(q.size(1) == 0 || (k.size(1) > 0 && q.size(1) % k.size(1) == 0), "sparse_attention: q has ",
-                  q.size(1), " heads, that must be a multiple of the ", k.size(1), " heads of k and v");
+             q.size(1), " heads, that must be a multiple of the ", k.size(1), " heads of k and v");
   const int64_t dim = q.size(3);
   STOF_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0, "sparse_attention: the head dim is ", dim,
-                  ", it must be a multiple of 8 from 8 to 256");
-  STOF_CHECK(q.size(2) == q_len, "sparse_attention: q has ", q.size(2), " queries, but the mask is for ", q_len);
-  STOF_CHECK(k.size(2) == kv_len, "sparse_attention: k has ", k.size(2), " keys, but the mask is for ", kv_len);
+             ", it must be a multiple of 8 from 8 to 256");
+  STOF_CHECK(q.size(2) == q_len, "sparse_attention: q has ", q.size(2), " queries, but the mask is for ",
+             q_len);
+  STOF_CHECK(k.size(2) == kv_len, "sparse_attention: k has ", k.size(2), " keys, but the mask is for ",
+             kv_len);
 }
 
 // The bias as a full (B, Hq, Lq, Lk) array: a dimension of size 1 gets stride 0.
 Array4 bias_of(const Tensor& bias, const Tensor& q, int64_t kv_len) {
   const ScalarType dtype = bias.scalar_type();
   STOF_CHECK(dtype == ScalarType::Float || dtype == q.scalar_type(), "sparse_attention: bias has dtype ",
-                  torch::headeronly::toString(dtype), ", it must be q's or Float");
+             torch::headeronly::toString(dtype), ", it must be q's or Float");
   const int64_t full[4] = {q.size(0), q.size(1), q.size(2), kv_len};
   bool fits = bias.dim() == 4;
   for (int i = 0; fits && i < 4; ++i) fits = bias.size(i) == 1 || bias.size(i) == full[i];
-  STOF_CHECK(fits, "sparse_attention: bias has shape ", shape(bias), ", it must be broadcastable to (", full[0],
-                  ", ", full[1], ", ", full[2], ", ", full[3], ") and have 4 dimensions");
+  STOF_CHECK(fits, "sparse_attention: bias has shape ", shape(bias), ", it must be broadcastable to (",
+             full[0], ", ", full[1], ", ", full[2], ", ", full[3], ") and have 4 dimensions");
   Array4 a = array_of(bias);
   for (int i = 0; i < 4; ++i) {
     if (bias.size(i) == 1) a.stride[i] = 0;
@@ -66,14 +69,15 @@ Array4 bias_of(const Tensor& bias, const Tensor& q, int64_t kv_len) {
 Mask mask_of(const Tensor& q, int64_t kv_len, const Tensor& ptr, const Tensor& col, const Tensor& slot,
              const Tensor& bits, int64_t mask_batch, int64_t mask_heads) {
   STOF_CHECK(mask_batch == 1 || mask_batch == q.size(0), "sparse_attention: mask_batch is ", mask_batch,
-                  ", it must be 1 or the batch of q, ", q.size(0));
+             ", it must be 1 or the batch of q, ", q.size(0));
   STOF_CHECK(mask_heads == 1 || mask_heads == q.size(1), "sparse_attention: mask_heads is ", mask_heads,
-                  ", it must be 1 or the heads of q, ", q.size(1));
+             ", it must be 1 or the heads of q, ", q.size(1));
   Mask m;
   m.batch = mask_batch;
   m.heads = mask_heads;
   m.strips = (q.size(2) + kCell - 1) / kCell;
   m.cells = (kv_len + kCell - 1) / kCell;
+  m.tail_keys = kv_len - (m.cells - 1) * kCell;
   check_list("ptr", ptr, ScalarType::Int, {mask_batch * mask_heads * m.strips + 1});
   check_list("col", col, ScalarType::Int, {-1});
   check_list("slot", slot, ScalarType::Int, {col.size(0)});
@@ -94,15 +98,15 @@ Plan plan_of(const Problem& p, const Tensor& plan, const int64_t* counts) {
   Plan chosen = default_plan(p, counts[0], counts[2]);
   if (word[0] == -1) return chosen;
   STOF_CHECK(word[0] == 0 || word[0] == 1, "sparse_attention: plan[0] is ", word[0],
-                  ", on the CPU it must be 0 (row_wise), 1 (block_wise) or -1 (default)");
+             ", on the CPU it must be 0 (row_wise), 1 (block_wise) or -1 (default)");
   chosen.kernel = Kernel(word[0]);
   if (chosen.kernel == Kernel::row_wise) return chosen;
   STOF_CHECK(word[1] == -1 || word[1] == kCell, "sparse_attention: plan[1] (query tile) is ", word[1],
-                  ", block_wise on the CPU takes 16 or -1 (default)");
+             ", block_wise on the CPU takes 16 or -1 (default)");
   if (word[2] == -1) return chosen;
   STOF_CHECK(word[2] >= kCell && word[2] <= kMaxChunkCells * kCell && word[2] % kCell == 0,
-                  "sparse_attention: plan[2] (keys per step) is ", word[2], ", it must be a multiple of 16 from 16 to ",
-                  kMaxChunkCells * kCell, " or -1 (default)");
+             "sparse_attention: plan[2] (keys per step) is ", word[2],
+             ", it must be a multiple of 16 from 16 to ", kMaxChunkCells * kCell, " or -1 (default)");
   chosen.chunk_cells = int(word[2] / kCell);
   return chosen;
 }
@@ -115,10 +119,10 @@ Workers torch_threads() {
           }};
 }
 
-std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor ptr,
-                                            Tensor col, Tensor slot, Tensor bits, Tensor counts, Tensor plan,
-                                            int64_t q_len, int64_t kv_len, int64_t mask_batch, int64_t mask_heads,
-                                            double scale, bool return_lse) {
+std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
+                                            Tensor ptr, Tensor col, Tensor slot, Tensor bits, Tensor counts,
+                                            Tensor plan, int64_t q_len, int64_t kv_len, int64_t mask_batch,
+                                            int64_t mask_heads, double scale, bool return_lse) {
   check_inputs(q, k, v, q_len, kv_len);
   check_list("counts", counts, ScalarType::Long, {4});
   Problem p;
@@ -129,8 +133,9 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::o
   if (bias.has_value()) p.bias = bias_of(*bias, q, kv_len);
 
   Tensor out = torch::stable::new_empty(q, {p.batch, q_len, p.heads, p.dim});
-  Tensor lse = torch::stable::new_empty(q, return_lse ? std::vector<int64_t>{p.batch, p.heads, q_len}
-                                                      : std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(
+      q, return_lse ? std::vector<int64_t>{p.batch, p.heads, q_len} : std::vector<int64_t>{0},
+      ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
 

@@ -20,9 +20,9 @@ void for_each(int64_t items, const std::function<void(int64_t)>& body) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_cells(Tensor keep) {
   STOF_CHECK(keep.scalar_type() == ScalarType::Bool, "build_cells: keep has dtype ",
-                  torch::headeronly::toString(keep.scalar_type()), ", it must be Bool");
+             torch::headeronly::toString(keep.scalar_type()), ", it must be Bool");
   STOF_CHECK(keep.dim() == 4, "build_cells: keep has shape ", shape(keep),
-                  ", it must be (batch or 1, heads or 1, Lq, Lk)");
+             ", it must be (batch or 1, heads or 1, Lq, Lk)");
   format::Dense dense;
   dense.data = static_cast<const uint8_t*>(keep.const_data_ptr());
   for (int i = 0; i < 4; ++i) {
@@ -37,14 +37,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_cells(Tensor keep) {
   std::vector<int32_t> slot_ptr(items + 1);
   int32_t* ptr_data = static_cast<int32_t*>(ptr.mutable_data_ptr());
   const format::Totals totals = format::count_cells(dense, ptr_data, slot_ptr.data(), for_each);
-  STOF_CHECK(totals.listed <= std::numeric_limits<int32_t>::max(), "build_cells: the mask has ", totals.listed,
-                  " non-empty cells, allowed are ", std::numeric_limits<int32_t>::max());
+  STOF_CHECK(totals.listed <= std::numeric_limits<int32_t>::max(), "build_cells: the mask has ",
+             totals.listed, " non-empty cells, allowed are ", std::numeric_limits<int32_t>::max());
 
   Tensor col = list({totals.listed}, ScalarType::Int), slot = list({totals.listed}, ScalarType::Int);
   Tensor bits = list({totals.partial, 16}, ScalarType::Short), counts = list({4}, ScalarType::Long);
   format::fill_cells(dense, ptr_data, slot_ptr.data(), static_cast<int32_t*>(col.mutable_data_ptr()),
-                     static_cast<int32_t*>(slot.mutable_data_ptr()), static_cast<int16_t*>(bits.mutable_data_ptr()),
-                     for_each);
+                     static_cast<int32_t*>(slot.mutable_data_ptr()),
+                     static_cast<int16_t*>(bits.mutable_data_ptr()), for_each);
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   count[0] = totals.listed, count[1] = totals.partial, count[2] = totals.kept, count[3] = 0;
   return {ptr, col, slot, bits, counts};

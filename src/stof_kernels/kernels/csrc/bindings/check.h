@@ -23,11 +23,11 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Torch's own check puts function, file and line before the message; the caller wants the sentence. A macro, because
-// the parts of a message cost time to make.
-#define STOF_CHECK(fits, ...)                          \
-  do {                                                 \
-    if (!(fits)) ::stof::bindings::fail(__VA_ARGS__);  \
+// Torch's own check puts function, file and line before the message; the caller wants the sentence. A macro,
+// because the parts of a message cost time to make.
+#define STOF_CHECK(fits, ...)                         \
+  do {                                                \
+    if (!(fits)) ::stof::bindings::fail(__VA_ARGS__); \
   } while (false)
 
 template <typename Sizes>
@@ -40,9 +40,11 @@ std::string text(const Sizes& sizes) {
 inline std::string shape(const Tensor& t) { return text(t.sizes()); }
 
 // A list of the mask: contiguous, of one dtype and exactly this shape; -1 allows any length.
-inline void check_list(const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> want) {
+inline void check_list(const char* name, const Tensor& t, ScalarType dtype,
+                       std::initializer_list<int64_t> want) {
   STOF_CHECK(t.scalar_type() == dtype, "sparse_attention: ", name, " has dtype ",
-                  torch::headeronly::toString(t.scalar_type()), ", it must be ", torch::headeronly::toString(dtype));
+             torch::headeronly::toString(t.scalar_type()), ", it must be ",
+             torch::headeronly::toString(dtype));
   bool fits = t.dim() == int64_t(want.size());
   int64_t i = 0;
   for (int64_t size : want) {
@@ -51,7 +53,7 @@ inline void check_list(const char* name, const Tensor& t, ScalarType dtype, std:
   }
   const std::vector<int64_t> wanted(want);
   STOF_CHECK(fits, "sparse_attention: ", name, " has shape ", shape(t), ", it must be ", text(wanted),
-                  " (-1: any length)");
+             " (-1: any length)");
   STOF_CHECK(t.is_contiguous(), "sparse_attention: ", name, " must be contiguous");
 }
 

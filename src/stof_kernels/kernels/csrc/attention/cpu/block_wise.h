@@ -1,7 +1,10 @@
 // block_wise: 16 queries against chunks of listed key cells, both products as register tiles.
 //
-// Per chunk (up to kMaxChunkCells cells, in any order that the list gives): S = Q K^T into a buffer, mask and bias
-// and the running maximum, P = exp(S - max), O = O * alpha + P V. Only cells with a bitmap run mask code.
+// Per chunk of up to kMaxChunkCells listed cells, neighbours or not: S = Q K^T into a buffer; bias, mask and
+// the running maximum; P = exp(S - max); O = O * alpha + P V. Only cells with a bitmap run mask code.
+//
+// In a cell that is listed, every value row is multiplied, by a weight of 0 where the mask removes the pair:
+// a NaN or infinite value there reaches the result, as it does in a dense softmax(S) V.
 #pragma once
 
 #include "pack.h"
@@ -11,8 +14,8 @@
 
 namespace stof::cpu::STOF_ISA {
 
-// A register tile holds kTileRows x kTileVecs accumulators: with 32 registers of 16 lanes, 8 x 2 needs 10 loads for 16
-// multiply-adds and leaves room for the operands; with 16 registers, 4 x 2 does.
+// A register tile holds kTileRows x kTileVecs accumulators: with 32 registers of 16 lanes, 8 x 2 needs 10
+// loads for 16 multiply-adds and leaves room for the operands; with 16 registers, 4 x 2 does.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8;
 #else
@@ -20,17 +23,18 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVecs = 2;
 
-// Row stride of the score buffer: not a multiple of 1 KiB, which would put the rows of a tile into the same cache sets.
+// Row stride of the score buffer: not a multiple of 1 KiB, which would put the rows of a tile into the same
+// cache sets.
 constexpr int kScoreStride = kMaxChunkCells * kCell + kCell;
 
-// Dot products are summed in groups of so many dims: the rounding error of one long fp32 sum would reach 2e-5 at
-// dim 256 with scores of 60.
+// Dot products are summed in groups of so many dims: the rounding error of one long fp32 sum would reach 2e-5
+// at dim 256 with scores of 60.
 constexpr int64_t kDotGroup = 32;
 
 struct Workspace {
-  alignas(64) float q[256 * kCell];              // [dim][16 queries], scaled
-  alignas(64) float s[kCell * kScoreStride];     // scores, then weights, of one chunk
-  alignas(64) float o[kCell * 256];              // [16 queries][padded dim]
+  alignas(64) float q[256 * kCell];           // [dim][16 queries], scaled
+  alignas(64) float s[kCell * kScoreStride];  // scores, then weights, of one chunk
+  alignas(64) float o[kCell * 256];           // [16 queries][padded dim]
   alignas(64) float max[kCell], base[kCell], alpha[kCell];
   Vec sum[kCell];
 };
@@ -39,17 +43,20 @@ struct Workspace {
 template <typename T>
 static void load_queries(const Problem& p, const Strip& strip, int rows, float* q) {
   const T* from = row_base<T>(p.q, strip.b, strip.h, strip.index * kCell);
-  const int64_t d = rows == kCell && p.q.stride[3] == 1 ? transpose_rows(from, p.q.stride[2], p.dim, q, p.scale) : 0;
+  const int64_t d =
+      rows == kCell && p.q.stride[3] == 1 ? transpose_rows(from, p.q.stride[2], p.dim, q, p.scale) : 0;
   const int64_t stride = p.q.stride[2], step = p.q.stride[3];
   for (int64_t i = d; i < p.dim; ++i) {
-    for (int r = 0; r < kCell; ++r) q[i * kCell + r] = r < rows ? widen(from[r * stride + i * step]) * p.scale : 0.0f;
+    for (int r = 0; r < kCell; ++r)
+      q[i * kCell + r] = r < rows ? widen(from[r * stride + i * step]) * p.scale : 0.0f;
   }
 }
 
-// s[r][vector] = q . k for kTileRows queries and kVecs vectors of keys; vector i reads panel[i] and goes to s + to[i].
+// q . k for kTileRows queries and kVecs vectors of keys; vector i is read from panel[i] and goes to s +
+// to[i].
 template <int kVecs>
-STOF_INLINE void score_tile(const float* q, const float* const (&panel)[kVecs], const int (&to)[kVecs], int64_t dim,
-                            float* s) {
+STOF_INLINE void score_tile(const float* q, const float* const (&panel)[kVecs], const int (&to)[kVecs],
+                            int64_t dim, float* s) {
   for (int64_t first = 0; first < dim; first += kDotGroup) {
     const int64_t last = first + kDotGroup < dim ? first + kDotGroup : dim;
     Vec acc[kTileRows][kVecs] = {};
@@ -76,11 +83,10 @@ STOF_INLINE void score_tile(const float* q, const float* const (&panel)[kVecs], 
 }
 
 // Scores of `count` cells for the first `rows` queries of the strip (rounded up to whole tiles).
-STOF_INLINE void scores(const Problem& p, const float* q, const int32_t* col, int count, KeyPanels keys, int rows,
-                        float* s) {
+STOF_INLINE void scores(const Problem& p, const float* q, const int32_t* col, int count, KeyPanels keys,
+                        int rows, float* s) {
   const int64_t panel_size = p.dim * kCell;
-  constexpr int kVecsTotal = kCellVecs;
-  const int vecs = count * kVecsTotal;
+  const int vecs = count * kCellVecs;
   int i = 0;
   for (; i + kTileVecs <= vecs; i += kTileVecs) {
     const float* panel[kTileVecs];
@@ -90,7 +96,8 @@ STOF_INLINE void scores(const Problem& p, const float* q, const int32_t* col, in
       panel[j] = keys.data + col[cell] * panel_size + part;
       to[j] = cell * kCell + part;
     }
-    for (int r = 0; r < rows; r += kTileRows) score_tile<kTileVecs>(q + r, panel, to, p.dim, s + r * kScoreStride);
+    for (int r = 0; r < rows; r += kTileRows)
+      score_tile<kTileVecs>(q + r, panel, to, p.dim, s + r * kScoreStride);
   }
   for (; i < vecs; ++i) {
     const int cell = i / kCellVecs, part = i % kCellVecs * kLanes;
@@ -100,8 +107,8 @@ STOF_INLINE void scores(const Problem& p, const float* q, const int32_t* col, in
   }
 }
 
-// Adds the bias of one row to the scores of one cell; -inf wins over any score. Rows of the bias end at kv_len, so the
-// last cell is read element by element, and only where `word` keeps something.
+// Adds the bias of one row to the scores of one cell; -inf wins over any score. Rows of the bias end at
+// kv_len, so the last cell is read element by element, and only where `word` keeps something.
 STOF_INLINE void add_bias(const Problem& p, BiasRow bias, int64_t first_key, int32_t word, float* s) {
   if (bias.step == 1 && first_key + kCell <= p.kv_len) {
     for (int i = 0; i < kCell; i += kLanes) {
@@ -142,14 +149,16 @@ STOF_INLINE float mask_row(const Problem& p, const Strip& strip, int64_t at, int
 
 // One online-softmax step: scores of the chunk become weights; max, sum and alpha move on.
 template <bool kBias>
-STOF_INLINE void softmax(const Problem& p, const Strip& strip, int64_t at, int count, int rows, Workspace& w) {
+STOF_INLINE void softmax(const Problem& p, const Strip& strip, int64_t at, int count, int rows,
+                         Workspace& w) {
   for (int r = 0; r < rows; ++r) {
     const float top = mask_row<kBias>(p, strip, at, count, r, w.s + r * kScoreStride);
     w.base[r] = top > w.max[r] ? top : w.max[r];
   }
   for (int r = 0; r < kCell; r += kLanes) {
     const Vec next = load(w.base + r);
-    // A row that has nothing yet keeps -inf as its maximum and subtracts 0, so that its weights are exp(-inf) = 0.
+    // A row that has nothing yet keeps -inf as its maximum and subtracts 0, so that its weights are exp(-inf)
+    // = 0.
     const Vec base = next == -kInf ? Vec{} : next;
     store(w.alpha + r, exp_nonpositive(load(w.max + r) - base));
     store(w.max + r, next);
@@ -208,17 +217,19 @@ STOF_INLINE void accumulate(const Problem& p, const int32_t* col, int count, Val
   for (; d + kTileVecs * kLanes <= padded; d += kTileVecs * kLanes) {
     const ValueRows part = {values.data + d, values.stride};
     for (int r = 0; r < rows; r += kTileRows)
-      value_tile<kTileVecs>(w.s + r * kScoreStride, col, count, part, p.kv_len, w.alpha + r, w.o + r * padded + d,
-                            padded);
+      value_tile<kTileVecs>(w.s + r * kScoreStride, col, count, part, p.kv_len, w.alpha + r,
+                            w.o + r * padded + d, padded);
   }
   for (; d < padded; d += kLanes) {
     const ValueRows part = {values.data + d, values.stride};
     for (int r = 0; r < rows; r += kTileRows)
-      value_tile<1>(w.s + r * kScoreStride, col, count, part, p.kv_len, w.alpha + r, w.o + r * padded + d, padded);
+      value_tile<1>(w.s + r * kScoreStride, col, count, part, p.kv_len, w.alpha + r, w.o + r * padded + d,
+                    padded);
   }
 }
 
-static void block_wise(const Problem& p, const Strip& strip, int chunk_cells, KeyPanels keys, ValueRows values) {
+static void block_wise(const Problem& p, const Strip& strip, int chunk_cells, KeyPanels keys,
+                       ValueRows values) {
   Workspace w;
   const int64_t left = p.q_len - strip.index * kCell;
   const int rows = int(left < kCell ? left : kCell);

@@ -1,7 +1,7 @@
 // Schedules one attention call: which keys to pack, in which order the strips run, on which instruction set.
 //
-// Every strip of 16 queries is computed by one thread from start to end, so the number of threads cannot change a
-// result; the order of the strips only decides how evenly the threads finish.
+// Every strip of 16 queries is computed by one thread from start to end, so the number of threads cannot
+// change a result; the order of the strips only decides how evenly the threads finish.
 #include "driver.h"
 
 #include <algorithm>
@@ -9,7 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "variant.h"
@@ -21,15 +23,15 @@ namespace {
 constexpr int64_t kPackedBytes = int64_t(16) << 20;
 
 // Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kSerialWork = 200'000;
+constexpr int64_t kSerialWork = 1'000'000;
 
 // What this machine can run, widest first.
 std::vector<const Variant*> runnable() {
   std::vector<const Variant*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found.push_back(&avx512::variant());
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi"))
     found.push_back(&avx2::variant());
@@ -62,16 +64,51 @@ void for_each(const Workers& workers, int64_t items, bool serial, const std::fun
   });
 }
 
-struct Buffer {
-  explicit Buffer(int64_t floats)
-      : data(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64 + 64)), &std::free) {
-    if (!data) throw std::bad_alloc();
+// Packed keys and values. One block of up to kPackedBytes outlives the call: fresh memory costs a page fault
+// per 4 KiB, as much time as packing into it.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : bytes_((floats * int64_t(sizeof(float)) + 63) / 64 * 64 + 64) {
+    {
+      const std::lock_guard<std::mutex> hold(kept().mutex);
+      if (kept().bytes >= bytes_) std::swap(block_, static_cast<Block&>(kept()));
+    }
+    if (block_.data == nullptr) {
+      block_.data = static_cast<float*>(std::aligned_alloc(64, size_t(bytes_)));
+      block_.bytes = bytes_;
+      if (block_.data == nullptr) throw std::bad_alloc();
+    }
   }
-  std::unique_ptr<float, decltype(&std::free)> data;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (block_.bytes <= kPackedBytes + 64) {
+      const std::lock_guard<std::mutex> hold(kept().mutex);
+      if (kept().bytes < block_.bytes) std::swap(block_, static_cast<Block&>(kept()));
+    }
+    std::free(block_.data);
+  }
+  float* data() const { return block_.data; }
+
+ private:
+  struct Block {
+    float* data = nullptr;
+    int64_t bytes = 0;
+  };
+  struct Kept : Block {
+    std::mutex mutex;
+  };
+  static Kept& kept() {
+    static Kept* block = new Kept;  // never destroyed: a call may still run while the process ends
+    return *block;
+  }
+
+  Block block_;
+  int64_t bytes_;
 };
 
 struct Task {
-  int32_t head;   // b * heads + h
+  int32_t head;  // b * heads + h
   int32_t strip;
 };
 
@@ -80,11 +117,13 @@ int64_t strip_length(const Mask& m, int64_t plane, int64_t strip) {
   return ptr[1] - ptr[0];
 }
 
-// Strips of the heads [first, last), longest first by power of two, so that heads stay together inside a class: their
-// packed keys are then read from a near cache.
+// Strips of the heads [first, last), longest first by power of two, so that heads stay together inside a
+// class: their packed keys are then read from a near cache.
 std::vector<Task> ordered_tasks(const Problem& p, int64_t first, int64_t last) {
   const Mask& m = p.mask;
-  const auto length_class = [](int64_t length) { return length == 0 ? 0 : 64 - __builtin_clzll(uint64_t(length)); };
+  const auto length_class = [](int64_t length) {
+    return length == 0 ? 0 : 64 - __builtin_clzll(uint64_t(length));
+  };
   int64_t start[66] = {};
   for (int64_t head = first; head < last; ++head) {
     const int64_t plane = m.plane(head / p.heads, head % p.heads);
@@ -135,8 +174,8 @@ bool is_used(const Problem& p, const std::vector<uint8_t>& used, int64_t b, int6
   return false;
 }
 
-// Values can be read where they lie when they are whole fp32 vectors in consecutive rows. Rows far apart share cache
-// sets and TLB entries, so those are copied like keys.
+// Values can be read where they lie when they are whole fp32 vectors in consecutive rows. Rows far apart
+// share cache sets and TLB entries, so those are copied like keys.
 bool values_in_place(const Problem& p) {
   return p.v.element == Element::f32 && p.v.stride[3] == 1 && p.v.stride[2] == p.dim && p.dim % kCell == 0;
 }
@@ -150,25 +189,28 @@ void run_block_wise(const Problem& p, const Plan& plan, const Workers& workers, 
   const int64_t key_floats = m.cells * panel, value_floats = pack_values ? m.cells * rows : 0;
   const int64_t per_head = (key_floats + value_floats) * int64_t(sizeof(float));
   const int64_t at_once = std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(per_head, 1), 1, kv_all);
-  Buffer keys(at_once * key_floats), values(at_once * value_floats);
+  const Scratch scratch(at_once * (key_floats + value_floats));
+  float *keys = scratch.data(), *values = keys + at_once * key_floats;
   const std::vector<uint8_t> used = used_cells(m);
 
   for (int64_t first = 0; first < kv_all; first += at_once) {
     const int64_t last = std::min(first + at_once, kv_all);
     for_each(workers, (last - first) * m.cells, serial, [&](int64_t i) {
-      const int64_t head = first + i / m.cells, cell = i % m.cells, b = head / p.kv_heads, kv = head % p.kv_heads;
+      const int64_t head = first + i / m.cells, cell = i % m.cells, b = head / p.kv_heads,
+                    kv = head % p.kv_heads;
       if (!is_used(p, used, b, kv, cell)) return;
-      k.pack_panel(p, b, kv, cell, keys.data.get() + i * panel);
-      if (pack_values) k.pack_rows(p, p.v, b, kv, cell, values.data.get() + i * rows);
+      k.pack_panel(p, b, kv, cell, keys + i * panel);
+      if (pack_values) k.pack_rows(p, p.v, b, kv, cell, values + i * rows);
     });
     const std::vector<Task> tasks = ordered_tasks(p, first * group, last * group);
     for_each(workers, int64_t(tasks.size()), serial, [&](int64_t i) {
       const Strip strip = strip_of(p, tasks[i]);
       const int64_t kv = strip.h / group, head = strip.b * p.kv_heads + kv - first;
-      ValueRows v = {values.data.get() + head * value_floats, p.padded_dim()};
+      ValueRows v = {values + head * value_floats, p.padded_dim()};
       if (!pack_values)
-        v = {static_cast<const float*>(p.v.data) + strip.b * p.v.stride[0] + kv * p.v.stride[1], p.v.stride[2]};
-      k.block_wise(p, strip, plan.chunk_cells, {keys.data.get() + head * key_floats}, v);
+        v = {static_cast<const float*>(p.v.data) + strip.b * p.v.stride[0] + kv * p.v.stride[1],
+             p.v.stride[2]};
+      k.block_wise(p, strip, plan.chunk_cells, {keys + head * key_floats}, v);
     });
   }
 }
@@ -188,6 +230,19 @@ void run_row_wise(const Problem& p, const Workers& workers, bool serial) {
   });
 }
 
+bool is_out_of_range(const Mask& m, int64_t i) {
+  return uint32_t(m.col[i]) >= uint32_t(m.cells) || m.slot[i] < -1 || m.slot[i] >= m.slots;
+}
+
+// Whether cell i, the last of its strip, keeps keys that do not exist: row_wise would read them.
+bool is_past_the_end(const Mask& m, int64_t i) {
+  if (m.tail_keys == kCell || m.col[i] != m.cells - 1) return false;
+  if (m.slot[i] < 0) return true;
+  uint16_t any = 0;
+  for (int r = 0; r < kCell; ++r) any |= uint16_t(m.bits[int64_t(m.slot[i]) * kCell + r]);
+  return any >> m.tail_keys != 0;
+}
+
 }  // namespace
 
 std::string check_lists(const Mask& m) {
@@ -198,31 +253,40 @@ std::string check_lists(const Mask& m) {
   }
   const int64_t listed = m.ptr[total];
   if (listed > m.listed)
-    return "ptr lists " + std::to_string(listed) + " cells, but col and slot hold " + std::to_string(m.listed);
-  // One pass without branches; the culprit is looked for only when there is one.
+    return "ptr lists " + std::to_string(listed) + " cells, but col and slot hold " +
+           std::to_string(m.listed);
+  // One pass; the culprit is looked for only when there is one.
   bool bad = false;
-  for (int64_t i = 0; i < listed; ++i)
-    bad |= uint32_t(m.col[i]) >= uint32_t(m.cells) || m.slot[i] < -1 || m.slot[i] >= m.slots;
+  for (int64_t i = 0; i < listed; ++i) bad |= is_out_of_range(m, i) || is_past_the_end(m, i);
   if (!bad) return "";
-  for (int64_t i = 0;; ++i) {
-    if (uint32_t(m.col[i]) >= uint32_t(m.cells))
-      return "col[" + std::to_string(i) + "] is " + std::to_string(m.col[i]) + ", allowed are 0 to " +
-             std::to_string(m.cells - 1);
-    if (m.slot[i] < -1 || m.slot[i] >= m.slots)
-      return "slot[" + std::to_string(i) + "] is " + std::to_string(m.slot[i]) + ", allowed are -1 to " +
-             std::to_string(m.slots - 1);
-  }
+  int64_t i = 0;
+  while (!is_out_of_range(m, i) && !is_past_the_end(m, i)) ++i;
+  const std::string at = "[" + std::to_string(i) + "] is ";
+  if (uint32_t(m.col[i]) >= uint32_t(m.cells))
+    return "col" + at + std::to_string(m.col[i]) + ", allowed are 0 to " + std::to_string(m.cells - 1);
+  if (is_out_of_range(m, i))
+    return "slot" + at + std::to_string(m.slot[i]) + ", allowed are -1 to " + std::to_string(m.slots - 1);
+  return "slot" + at + std::to_string(m.slot[i]) + ", its cell keeps keys past the last one";
 }
 
 Plan default_plan(const Problem& p, int64_t cells, int64_t kept) {
-  (void)p, (void)cells, (void)kept;
-  return Plan{};
+  // Nanoseconds of one thread, measured with AVX-512 (NOTES.md); what counts is their ratio.
+  const double repeats = double(p.batch * p.heads) / double(p.mask.batch * p.mask.heads);
+  const double dim = double(p.dim), rows_per_strip = double(std::min<int64_t>(p.q_len, kCell));
+  const double pack = 0.56 * dim * double(p.batch * p.kv_heads * p.kv_len);
+  const double block_wise = repeats * double(cells) * (33.0 + 4.9 * dim) + pack;
+  const double look = 2.0 * rows_per_strip * double(cells), keys = double(kept) * (0.2 + 0.066 * dim);
+  const double row_wise = 60.0 * double(p.batch * p.heads * p.q_len) + repeats * (look + keys);
+  Plan plan;
+  plan.kernel = row_wise < block_wise ? Kernel::row_wise : Kernel::block_wise;
+  return plan;
 }
 
 void attention(const Problem& p, const Plan& plan, const Workers& workers) {
   if (p.batch == 0 || p.heads == 0 || p.q_len == 0) return;
   const int64_t planes = p.mask.batch * p.mask.heads;
-  const double work = double(listed_cells(p.mask)) / double(planes) * double(p.batch * p.heads * p.dim) * 512.0;
+  const double work =
+      double(listed_cells(p.mask)) / double(planes) * double(p.batch * p.heads * p.dim) * 512.0;
   const bool serial = work < double(kSerialWork);
   if (plan.kernel == Kernel::row_wise)
     run_row_wise(p, workers, serial);

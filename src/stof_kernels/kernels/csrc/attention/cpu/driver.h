@@ -14,7 +14,8 @@ struct Workers {
   std::function<void(int, const std::function<void(int)>&)> run;
 };
 
-// Reads every list once. Returns an empty string, or what is wrong with them: a corrupt list must not be followed.
+// Reads every list once. Returns an empty string, or what is wrong with them: a corrupt list must not be
+// followed.
 std::string check_lists(const Mask& mask);
 
 // The plan that is used when the caller has none: the cheaper kernel by a measured cost model.

@@ -22,7 +22,8 @@ STOF_INLINE void transpose(Vec (&row)[kLanes]) {
   }
 }
 
-// Sixteen rows to [dim][16], times `scale`, for as many dims as fill whole vectors; returns that number of dims.
+// Sixteen rows to [dim][16], times `scale`, for as many dims as fill whole vectors; returns that number of
+// dims.
 template <typename T>
 STOF_INLINE int64_t transpose_rows(const T* base, int64_t stride, int64_t dim, float* to, float scale) {
   int64_t d = 0;
@@ -47,12 +48,14 @@ static void pack_panel_of(const Problem& p, int64_t b, int64_t kv_head, int64_t 
   const int64_t stride = p.k.stride[2], step = p.k.stride[3];
   const int64_t done = rows == kCell && step == 1 ? transpose_rows(base, stride, p.dim, panel, 1.0f) : 0;
   for (int64_t d = done; d < p.dim; ++d) {
-    for (int r = 0; r < kCell; ++r) panel[d * kCell + r] = r < rows ? widen(base[r * stride + d * step]) : 0.0f;
+    for (int r = 0; r < kCell; ++r)
+      panel[d * kCell + r] = r < rows ? widen(base[r * stride + d * step]) : 0.0f;
   }
 }
 
 template <typename T>
-static void pack_rows_of(const Problem& p, const Array4& from, int64_t b, int64_t kv_head, int64_t cell, float* to) {
+static void pack_rows_of(const Problem& p, const Array4& from, int64_t b, int64_t kv_head, int64_t cell,
+                         float* to) {
   const int64_t first = cell * kCell, padded = p.padded_dim();
   const int rows = int(p.kv_len - first < kCell ? p.kv_len - first : kCell);
   const T* base = row_base<T>(from, b, kv_head, first);
@@ -74,7 +77,8 @@ static void pack_panel(const Problem& p, int64_t b, int64_t kv_head, int64_t cel
     pack_panel_of<float>(p, b, kv_head, cell, panel);
 }
 
-static void pack_rows(const Problem& p, const Array4& from, int64_t b, int64_t kv_head, int64_t cell, float* rows) {
+static void pack_rows(const Problem& p, const Array4& from, int64_t b, int64_t kv_head, int64_t cell,
+                      float* rows) {
   if (from.element == Element::bf16)
     pack_rows_of<uint16_t>(p, from, b, kv_head, cell, rows);
   else

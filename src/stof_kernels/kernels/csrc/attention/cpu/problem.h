@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+// Members that the kernels call, too, must leave no function of their own behind: see vec.h.
+#define STOF_MEMBER __attribute__((always_inline))
+
 namespace stof::cpu {
 
 enum class Element : int { f32, bf16 };
@@ -25,23 +28,26 @@ struct Mask {
   const int16_t* bits = nullptr;  // 16 words per slot; bit c of word r: query r of the strip attends key c
   int64_t batch = 1, heads = 1;
   int64_t strips = 0, cells = 0;  // per plane: strips of queries, cells of keys
+  int64_t tail_keys = kCell;      // keys in range in the last cell
   int64_t slots = 0;              // rows of bits
   int64_t listed = 0;             // entries that col and slot hold
 
-  int64_t plane(int64_t b, int64_t h) const { return (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h); }
+  STOF_MEMBER int64_t plane(int64_t b, int64_t h) const {
+    return (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
+  }
 };
 
 struct Problem {
   int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, kv_len = 0, dim = 0;
   Array4 q, k, v;
-  Array4 bias;            // (batch, head, query, key); data is null without a bias
+  Array4 bias;  // (batch, head, query, key); data is null without a bias
   Mask mask;
   float scale = 1.0f;
-  void* out = nullptr;    // (batch, q_len, heads, dim) contiguous, in q's element type
-  float* lse = nullptr;   // (batch, heads, q_len) contiguous, or null
+  void* out = nullptr;   // (batch, q_len, heads, dim) contiguous, in q's element type
+  float* lse = nullptr;  // (batch, heads, q_len) contiguous, or null
 
   // Row length of every fp32 buffer: dim rounded up so that each instruction set's vectors fit.
-  int64_t padded_dim() const { return (dim + kCell - 1) / kCell * kCell; }
+  STOF_MEMBER int64_t padded_dim() const { return (dim + kCell - 1) / kCell * kCell; }
 };
 
 // Which kernel runs, and how many key cells one online-softmax step of block_wise covers.

@@ -1,7 +1,7 @@
 // row_wise: one query row at a time, walking the keys that it keeps; for masks whose cells are almost empty.
 //
-// Keys and values are read where they lie, nothing is packed. Kept keys are collected in groups of kGroup; a group is
-// one online-softmax step.
+// Keys and values are read where they lie, nothing is packed. Kept keys are collected in groups of kGroup; a
+// group is one online-softmax step.
 #pragma once
 
 #include "rows.h"
@@ -10,13 +10,25 @@
 
 namespace stof::cpu::STOF_ISA {
 
+// Keys to one online-softmax step.
 constexpr int kGroup = 128;
+
+// Cells looked at before their words are taken apart.
+constexpr int kLook = 256;
+
+// The keys that one row keeps in one cell.
+struct Word {
+  int32_t first;
+  uint32_t bits;
+};
 
 struct RowState {
   alignas(64) float q[256];  // scaled, zeros up to the padded dim
   alignas(64) float o[256];
   alignas(64) float s[kGroup + kCell];
-  int32_t key[kGroup + 2 * kCell];  // a whole cell may be added when one place is left, and is written in full
+  // A whole cell may be added when one place is left, and its numbers are written eight at a time.
+  int32_t key[kGroup + 2 * kCell];
+  Word word[kLook];
   float max, sum;
 };
 
@@ -34,8 +46,8 @@ struct BitNumbers {
 };
 constexpr BitNumbers kBitNumbers;
 
-// Appends the keys of a word: eight numbers are always written and only as many counted as there are bits, because a
-// loop over the bits of sparse words is mostly mispredicted branches.
+// Appends the keys of a word: eight numbers are always written and only as many counted as there are bits,
+// because a loop over the bits of sparse words is mostly mispredicted branches.
 STOF_INLINE int append_keys(int32_t* key, int n, int32_t first, uint32_t word) {
   typedef int32_t Ints __attribute__((vector_size(32)));
 #pragma GCC unroll 2
@@ -45,6 +57,21 @@ STOF_INLINE int append_keys(int32_t* key, int n, int32_t first, uint32_t word) {
     numbers += first;
     __builtin_memcpy(key + n, &numbers, 32);
     n += __builtin_popcount(word & 0xff);
+  }
+  return n;
+}
+
+// The words of one row that keep anything, of up to kLook cells starting at `from`. `bits` points to the
+// row's word of slot 0. Most words of a thin mask are empty, in no predictable order, so this loop has no
+// branch on them.
+STOF_INLINE int collect_words(const int32_t* col, const int32_t* slot, const int16_t* bits, int64_t from,
+                              int64_t count, Word* word) {
+  const int64_t end = from + kLook < count ? from + kLook : count;
+  int n = 0;
+  for (int64_t j = from; j < end; ++j) {
+    const uint32_t kept = slot[j] < 0 ? 0xffffu : uint16_t(bits[int64_t(slot[j]) * kCell]);
+    word[n] = {col[j] * kCell, kept};
+    n += kept != 0;
   }
   return n;
 }
@@ -61,9 +88,10 @@ STOF_INLINE Vec load_part(const T* from, int64_t d, int64_t dim) {
 // Lane sums of two vectors halved: a and b alternate in the result.
 STOF_INLINE Vec merge(Vec a, Vec b) { return zip_lo(a, b) + zip_hi(a, b); }
 
-// Dot products with the keys 0, kQuads, 2 kQuads, 3 kQuads of the list, merged; past the n-th key any key will do.
-// Four at a time hide the latency of their sums.
+// Dot products with the keys 0, kQuads, 2 kQuads, 3 kQuads of the list, merged; past the n-th key any key
+// will do. Four at a time hide the latency of their sums.
 constexpr int kQuads = kLanes / 4;
+constexpr int kDotVecs = 8;  // vectors to a partial sum, for the reason that block_wise has its kDotGroup
 template <typename T, bool kTail>
 STOF_INLINE Vec dot_quad(const RowState& w, const int32_t* key, int n, RawRows keys, int64_t dim) {
   const T* base = static_cast<const T*>(keys.data);
@@ -71,16 +99,25 @@ STOF_INLINE Vec dot_quad(const RowState& w, const int32_t* key, int n, RawRows k
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) row[i] = base + key[i * kQuads < n ? i * kQuads : 0] * keys.stride;
   Vec sum[4] = {};
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const Vec q = load(w.q + d);
+  int64_t d = 0;
+  for (;;) {
+    const int64_t last = dim - d > kDotVecs * kLanes ? d + kDotVecs * kLanes : dim;
+    Vec part[4] = {};
+    for (; d < last; d += kLanes) {
+      const Vec q = load(w.q + d);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sum[i] += q * load_part<kTail>(row[i], d, dim);
+      for (int i = 0; i < 4; ++i) part[i] += q * load_part<kTail>(row[i], d, dim);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    if (d >= dim) break;
   }
   return merge(merge(sum[0], sum[2]), merge(sum[1], sum[3]));
 }
 
-// Scores of kLanes keys, of which the first n count; the others are -inf. The sums over lanes are taken like a
-// transposition that adds up as it goes: merging i with i + half, half = kLanes / 2 .. 1, ends in natural order.
+// Scores of kLanes keys, of which the first n count; the others are -inf. The sums over lanes are taken like
+// a transposition that adds up as it goes: merging i with i + half, half = kLanes / 2 .. 1, ends in natural
+// order.
 template <typename T, bool kTail>
 STOF_INLINE Vec dots(const RowState& w, const int32_t* key, int n, RawRows keys, int64_t dim) {
   Vec quad[kQuads] = {};
@@ -177,10 +214,11 @@ static void row_wise_of(const Problem& p, const Strip& strip, RawRows keys, RawR
     if (p.bias.data) bias = bias_row(p, strip.b, strip.h, query);
     const BiasRow* has_bias = p.bias.data ? &bias : nullptr;
     int n = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const uint32_t word = slot[j] < 0 ? 0xffffu : uint16_t(bits[int64_t(slot[j]) * kCell]);
-      n = append_keys(w.key, n, col[j] * kCell, word);
-      if (n >= kGroup) {
+    for (int64_t from = 0; from < count; from += kLook) {
+      const int words = collect_words(col, slot, bits, from, count, w.word);
+      for (int j = 0; j < words; ++j) {
+        n = append_keys(w.key, n, w.word[j].first, w.word[j].bits);
+        if (n < kGroup) continue;
         step<T, kTail>(p, w, kGroup, keys, values, has_bias);
         n -= kGroup;
         for (int i = 0; i < n; ++i) w.key[i] = w.key[kGroup + i];

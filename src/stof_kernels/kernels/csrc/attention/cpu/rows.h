@@ -37,7 +37,8 @@ STOF_INLINE BiasRow bias_row(const Problem& p, int64_t b, int64_t h, int64_t que
 }
 
 // out = o / l and lse = m + ln(l); nothing attended (l = 0) gives zeros and -inf.
-STOF_INLINE void finish_row(const Problem& p, int64_t b, int64_t h, int64_t query, const float* o, float m, float l) {
+STOF_INLINE void finish_row(const Problem& p, int64_t b, int64_t h, int64_t query, const float* o, float m,
+                            float l) {
   const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
   const int64_t at = ((b * p.q_len + query) * p.heads + h) * p.dim;
   if (p.q.element == Element::bf16) {

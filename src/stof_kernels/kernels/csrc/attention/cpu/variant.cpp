@@ -1,4 +1,5 @@
-// One instruction set's kernels. The build compiles this file once per set with -DSTOF_ISA=<namespace> and its flags.
+// One instruction set's kernels. The build compiles this file once per set with -DSTOF_ISA=<namespace> and
+// its flags.
 #include "variant.h"
 
 #include "block_wise.h"

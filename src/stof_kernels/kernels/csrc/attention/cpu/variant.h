@@ -1,5 +1,5 @@
-// The kernels of one instruction set, as a table of functions. variant.cpp is compiled once per set, each time in a
-// namespace of its own, and the driver picks a table when the library is first used.
+// The kernels of one instruction set, as a table of functions. variant.cpp is compiled once per set, each
+// time in a namespace of its own, and the driver picks a table when the library is first used.
 #pragma once
 
 #include "problem.h"
@@ -38,7 +38,8 @@ struct Variant {
   // Keys of cell `cell` to its panel; rows past kv_len become zeros.
   void (*pack_panel)(const Problem& p, int64_t b, int64_t kv_head, int64_t cell, float* panel);
   // Rows of k or v that belong to key cell `cell` to fp32 rows of padded_dim values, zeros outside.
-  void (*pack_rows)(const Problem& p, const Array4& from, int64_t b, int64_t kv_head, int64_t cell, float* rows);
+  void (*pack_rows)(const Problem& p, const Array4& from, int64_t b, int64_t kv_head, int64_t cell,
+                    float* rows);
   void (*block_wise)(const Problem& p, const Strip& strip, int chunk_cells, KeyPanels keys, ValueRows values);
   void (*row_wise)(const Problem& p, const Strip& strip, RawRows keys, RawRows values);
 };

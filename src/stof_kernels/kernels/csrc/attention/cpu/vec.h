@@ -1,7 +1,9 @@
-// Vectors of the widest registers that this translation unit may use, through the compiler's vector extensions.
+// Vectors of the widest registers that this translation unit may use, through the compiler's vector
+// extensions.
 //
-// Everything lives in the namespace STOF_ISA and nothing comes from the C++ library: an inline function that three
-// translation units share would be kept once by the linker, perhaps with instructions the machine does not have.
+// Everything lives in the namespace STOF_ISA and nothing comes from the C++ library: an inline function that
+// three translation units share would be kept once by the linker, perhaps with instructions the machine does
+// not have.
 #pragma once
 
 #include <stdint.h>
@@ -62,7 +64,7 @@ STOF_INLINE uint16_t narrow(float f) {
 
 STOF_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-// Lanes of one half vector beside those of the other, down to one lane.
+// Over the lanes: halves of the vector against each other, until one lane is left.
 STOF_INLINE float hmax(Vec v) {
   float lane[kLanes];
   store(lane, v);
@@ -78,9 +80,9 @@ STOF_INLINE float hsum(Vec v) {
   return lane[0];
 }
 
-// exp(x) for x <= 0 (NaN stays NaN): x = n ln2 + r, e^r = 1 + r + r^2 P(r). P was fitted on Chebyshev nodes over
-// |r| <= 0.35 (relative error 1.1e-8); results below 2^-125 become 0. Adding 1.5 * 2^23 rounds to an integer and
-// leaves it in the low bits, from where a shift moves it into the exponent.
+// exp(x) for x <= 0 (NaN stays NaN): x = n ln2 + r, e^r = 1 + r + r^2 P(r). P was fitted on Chebyshev nodes
+// over |r| <= 0.35 (relative error 1.1e-8); results below 2^-125 become 0. Adding 1.5 * 2^23 rounds to an
+// integer and leaves it in the low bits, from where a shift moves it into the exponent.
 STOF_INLINE Vec exp_nonpositive(Vec x) {
   const Vec shifted = x * 1.44269504f + 12582912.0f;
   const Vec n = shifted - 12582912.0f;

@@ -1,5 +1,5 @@
-// Two passes over the dense mask, one strip of 16 queries per work item: count, then write. The place of every entry
-// follows from the counts alone, so the lists do not depend on the threads.
+// Two passes over the dense mask, one strip of 16 queries per work item: count, then write. The place of
+// every entry follows from the counts alone, so the lists do not depend on the threads.
 #include "build_cells.h"
 
 #include <algorithm>
@@ -20,7 +20,8 @@ struct Sizes {
         items(d.size[0] * d.size[1] * strips) {}
 };
 
-// Bytes 0 / not 0 of eight keys to eight bits: normalise each byte to its lowest bit, then gather them by a product.
+// Bytes 0 / not 0 of eight keys to eight bits: normalise each byte to its lowest bit, then gather them by a
+// product.
 uint32_t eight_bits(const uint8_t* p) {
   uint64_t x;
   std::memcpy(&x, p, 8);

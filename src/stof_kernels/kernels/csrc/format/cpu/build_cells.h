@@ -19,8 +19,8 @@ struct Totals {
 
 using ForEach = std::function<void(int64_t items, const std::function<void(int64_t)>& body)>;
 
-// First pass: lists of each strip (plane * strips + s) counted; ptr becomes the running sum of listed cells and
-// slot_ptr that of partial cells, both with strips + 1 entries per all planes.
+// First pass: lists of each strip (plane * strips + s) counted; ptr becomes the running sum of listed cells
+// and slot_ptr that of partial cells, both with strips + 1 entries per all planes.
 Totals count_cells(const Dense& keep, int32_t* ptr, int32_t* slot_ptr, const ForEach& for_each);
 
 // Second pass: writes the lists to the places that the first pass found.
