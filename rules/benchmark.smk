@@ -15,7 +15,8 @@ rule bench:
         method=any_of(spec.id for spec in all_methods()),
     conda:
         "../envs/stof.yaml"
-    # All cores and the GPU: nothing else runs beside a measurement.
+    # All cores and the GPU: nothing else runs beside a measurement. On a CPU it uses the whole machine whatever --cores says,
+    # because the machine is what is measured, not how the workflow was started.
     threads: ALL_CORES
     resources:
         gpu=lambda wildcards: int(MEASURED[wildcards.gpu].device == "cuda"),

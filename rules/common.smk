@@ -42,7 +42,8 @@ def resolve_targets():
     )
 
 
-# Whatever is wrong with the input ends the run here, with one line and nothing done.
+# Whatever is wrong with the input ends the run here, with nothing done and one line: a WorkflowError would add two that name
+# this file, which is not where the mistake is.
 try:
     checks.normalize(config)
     checks.check_schema(config, yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))

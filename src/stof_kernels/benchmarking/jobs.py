@@ -63,6 +63,10 @@ class _Tee(io.TextIOBase):
         """Always."""
         return True
 
+    def fileno(self) -> int:
+        """Standard output's descriptor, for those who pass the stream on to another process: the log."""
+        return 1
+
     def write(self, text: str) -> int:
         """Write to all."""
         for stream in self._streams:
