@@ -1,0 +1,207 @@
+"""The public calls on a CUDA device: masks built there, every kernel against the reference, graphs, updates, capacity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stof_kernels as stof
+from stof_kernels import planner
+from stof_kernels.ops import reference
+
+pytestmark = pytest.mark.gpu
+
+# Relative error ||out - ref|| / ||ref|| that exact methods reach with 16-bit inputs and outputs.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def draw(batch, heads, length, dim, dtype, seed):
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(batch, heads, length, dim, generator=generator, device="cuda").to(dtype)
+
+
+def qkv(batch=1, heads=4, kv_heads=None, q_len=300, kv_len=None, dim=64, dtype=torch.float16):
+    kv_heads, kv_len = kv_heads or heads, kv_len or q_len
+    sizes = ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len))
+    return [draw(batch, h, n, dim, dtype, seed) for seed, (h, n) in enumerate(sizes)]
+
+
+def assert_right(out, lse, q, k, v, keep, bias=None, scale=None):
+    want, want_lse = reference.attention(q, k, v, keep, bias, scale, dtype=torch.float64)
+    assert not out.isnan().any()
+    error = (out.double() - want).norm() / want.norm().clamp(min=1e-12)
+    assert error < TOLERANCE[q.dtype], f"relative error {error:.1e}"
+    if lse is not None:
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", stof.masks.FAMILIES)
+@pytest.mark.parametrize("seq_len", [1, 63, 128, 333, 1024])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_every_mask_family(family, seq_len, dtype):
+    q, k, v = qkv(batch=2, q_len=seq_len, dtype=dtype)
+    mask = stof.SparseMask.from_pattern(stof.masks.get(family, seq_len), seq_len, seq_len, device="cuda").check()
+    out, lse = stof.sparse_attention(q, k, v, mask, return_lse=True)
+    assert_right(out, lse, q, k, v, mask.to_dense())
+
+
+@pytest.mark.parametrize("dim", [8, 32, 40, 64, 72, 96, 128, 136, 192, 256])
+@pytest.mark.parametrize("family", ["bigbird", "dilated"])
+def test_every_candidate_of_the_planner(dim, family):
+    q, k, v = qkv(heads=6, kv_heads=2, q_len=513, kv_len=513, dim=dim)
+    mask = stof.SparseMask.from_pattern(stof.masks.get(family, 513), 513, 513, device="cuda")
+    plan = stof.plan(q, k, mask)
+    for config, _ in plan.ranking:
+        mask._cache["layout", None, q.shape, k.shape, q.dtype, torch.get_num_threads()] = mask.layout_for(q, k, config)
+        out, lse = stof.sparse_attention(q, k, v, mask, return_lse=True)
+        assert_right(out, lse, q, k, v, mask.to_dense())
+
+
+def test_lists_built_on_the_device_equal_those_of_the_cpu():
+    keep = torch.rand(2, 3, 200, 333) < 0.05
+    keep[:, :, 64:96] = True
+    on_cpu, on_gpu = stof.SparseMask.from_dense(keep).check(), stof.SparseMask.from_dense(keep.cuda()).check()
+    for a, b in zip(on_cpu.lists.tensors, on_gpu.lists.tensors, strict=True):
+        assert a.shape == b.shape
+    assert torch.equal(on_cpu.counts, on_gpu.counts.cpu())
+    assert torch.equal(on_cpu.strip_ptr, on_gpu.strip_ptr.cpu())
+    assert torch.equal(on_gpu.to_dense().cpu(), keep)
+
+
+def test_per_head_masks_bias_and_grouped_queries():
+    q, k, v = qkv(batch=2, heads=8, kv_heads=2, q_len=257, kv_len=190)
+    keep = torch.rand(2, 8, 257, 190, device="cuda") < 0.3
+    keep[:, :, 40:90] = False
+    for bias in (torch.randn(8, 257, 190, device="cuda"), torch.randn(1, 190, device="cuda").half()):
+        out, lse = stof.sparse_attention(q, k, v, keep, bias, 0.2, return_lse=True)
+        assert_right(out, lse, q, k, v, keep, bias, 0.2)
+        assert (out[:, :, 40:90] == 0).all()
+        assert (lse[:, :, 40:90] == -torch.inf).all()
+
+
+def test_strided_inputs():
+    packed = torch.randn(2, 200, 3, 4, 64, device="cuda").half()
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    mask = stof.SparseMask.from_pattern(stof.masks.causal(), 200, 200, device="cuda")
+    assert_right(stof.sparse_attention(q, k, v, mask), None, q, k, v, mask.to_dense())
+    q, k, v = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v))
+    assert_right(stof.sparse_attention(q, k, v, mask), None, q, k, v, mask.to_dense())
+    assert "packed copy" in stof.plan(q, k, mask).explain()
+
+
+def test_same_bits_every_time():
+    q, k, v = qkv(heads=12, q_len=2048)
+    mask = stof.SparseMask.from_pattern(stof.masks.get("longformer", 2048), 2048, 2048, device="cuda")
+    first = stof.sparse_attention(q, k, v, mask)
+    assert all(torch.equal(stof.sparse_attention(q, k, v, mask), first) for _ in range(20))
+
+
+def captured(call):
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def test_captured_graph_replays_with_a_new_mask():
+    q, k, v = qkv(q_len=320)
+    masks = [torch.rand(320, 320, device="cuda") < share for share in (0.1, 0.5, 0.02)]
+    keep = masks[0].clone()
+    mask = stof.SparseMask.from_dense(keep, capacity="max").prepare(q, k)
+
+    def call():
+        return stof.sparse_attention(q, k, v, mask.update_(keep))
+
+    graph, out = captured(call)
+    for new in masks:
+        keep.copy_(new)
+        graph.replay()
+        assert_right(out, None, q, k, v, new)
+
+
+def test_update_outside_the_graph_reaches_it():
+    q, k, v = qkv(q_len=320)
+    mask = stof.SparseMask.from_dense(torch.rand(320, 320, device="cuda") < 0.1, capacity="max").prepare(q, k)
+    graph, out = captured(lambda: stof.sparse_attention(q, k, v, mask))
+    new = torch.rand(320, 320, device="cuda") < 0.4
+    mask.update_(new)
+    graph.replay()
+    assert_right(out, None, q, k, v, new)
+
+
+def test_capture_of_an_unprepared_mask_is_one_clear_error():
+    q, k, v = qkv(q_len=128)
+    mask = stof.SparseMask.from_pattern(stof.masks.causal(), 128, 128, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=r"call mask.prepare\(q, k\) before capturing"), torch.cuda.graph(graph):
+        stof.sparse_attention(q, k, v, mask)
+    torch.cuda.synchronize()
+
+
+def test_compact_mask_in_a_graph_refuses_updates():
+    q, k, v = qkv(q_len=128)
+    mask = stof.SparseMask.from_dense(torch.rand(128, 128, device="cuda") < 0.5).prepare(q, k)
+    captured(lambda: stof.sparse_attention(q, k, v, mask))
+    with pytest.raises(ValueError, match="a captured graph holds this mask's sizes; build with capacity="):
+        mask.update_(torch.rand(128, 128, device="cuda") < 0.5)
+
+
+def test_overflow_poisons_and_recovers():
+    q, k, v = qkv(q_len=256)
+    eye = torch.eye(256, device="cuda").bool()
+    mask = stof.SparseMask.from_dense(eye, capacity=40)
+    assert_right(stof.sparse_attention(q, k, v, mask), None, q, k, v, eye)
+    mask.update_(torch.ones(256, 256, device="cuda").bool())
+    out, lse = stof.sparse_attention(q, k, v, mask, return_lse=True)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+    with pytest.raises(ValueError, match="do not fit the fixed capacity of 40 cells"):
+        mask.check()
+    mask.update_(eye)
+    assert_right(stof.sparse_attention(q, k, v, mask), None, q, k, v, eye)
+
+
+def test_fixed_capacity_never_synchronises():
+    q, k, v = qkv(q_len=256)
+    keep = torch.rand(256, 256, device="cuda") < 0.3
+    stof.sparse_attention(q, k, v, stof.SparseMask.from_dense(keep, capacity="max"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = stof.SparseMask.from_dense(keep, capacity="max")
+        out = stof.sparse_attention(q, k, v, mask)
+        mask.update_(~keep)
+        other = stof.sparse_attention(q, k, v, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_right(out, None, q, k, v, keep)
+    assert_right(other, None, q, k, v, ~keep)
+
+
+def test_compiled_model_takes_new_masks():
+    q, k, v = qkv(q_len=512)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    attend = torch.compile(lambda q, k, v, m: stof.sparse_attention(q, k, v, m) * 2, fullgraph=True, backend=counter)
+    for width in (20, 22, 26):
+        mask = stof.SparseMask.from_pattern(stof.masks.sliding_window(width), 512, 512, device="cuda").prepare(q, k)
+        assert_right(attend(q, k, v, mask) / 2, None, q, k, v, mask.to_dense())
+    assert counter.frame_count <= 2
+
+
+def test_wrong_devices_and_dtypes():
+    q, k, v = qkv(q_len=64)
+    keep = torch.ones(64, 64).bool()
+    with pytest.raises(ValueError, match="mask is on cpu, allowed: q's device cuda:0"):
+        stof.sparse_attention(q, k, v, keep)
+    with pytest.raises(TypeError, match=r"q has dtype torch.float32 on cuda, allowed: torch.float16 or torch.bfloat16"):
+        stof.sparse_attention(q.float(), k.float(), v.float(), keep.cuda())
+
+
+def test_planner_knows_this_card():
+    q, k, _ = qkv(q_len=1024)
+    mask = stof.SparseMask.from_pattern(stof.masks.get("longformer", 1024), 1024, 1024, device="cuda")
+    text = stof.plan(q, k, mask).explain()
+    assert torch.cuda.get_device_name() in text
+    assert {c.kernel for c, _ in stof.plan(q, k, mask).ranking} == {planner.ROW_WISE, planner.BLOCK_WISE}
