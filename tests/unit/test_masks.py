@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stof_kernels import masks
-from stof_kernels.masks.random_blocks import block_table, hash32
+from stof_kernels.masks.drawing import block_table, hash32
 
 LENGTHS = [(1, 1), (16, 16), (17, 33), (100, 100), (128, 64), (130, 257)]
 
@@ -32,6 +32,7 @@ def variants(q_len: int, kv_len: int) -> list[masks.Pattern]:
     ]
     found += [masks.dilated(3, 4, causal=True), masks.dilated(4, 1), masks.strided(1), masks.strided(7)]
     found += [masks.bigbird(2, 3, block=8, fill=0.4, seed=5), masks.bigbird(0, 0, block=16, fill=0.9, seed=1)]
+    found += [masks.random_blocks(1, 0.1), masks.random_blocks(30, 0.5, seed=2)]
     found += [masks.artifact_sliding_window(5, causal=False), masks.artifact_dilated(7, 2)]
     if q_len == kv_len:
         found += [masks.get("document", q_len), masks.document([q_len]), masks.document([1] * q_len, causal=True)]

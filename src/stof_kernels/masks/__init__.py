@@ -9,6 +9,7 @@ from .families import (
     full,
     longformer,
     prefix_lm,
+    random_blocks,
     sliding_window,
     strided,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "longformer",
     "predicate",
     "prefix_lm",
+    "random_blocks",
     "sliding_window",
     "strided",
 ]

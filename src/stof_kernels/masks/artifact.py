@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .families import SlidingWindow, band_bounds, require_int
 from .pattern import Bounds, MaskMod, Pattern
-from .random_blocks import hash32
+from .drawing import hash32
 
 if TYPE_CHECKING:
     import torch

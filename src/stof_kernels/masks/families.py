@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .pattern import Bounds, MaskMod, Pattern
-from .random_blocks import block_table, rectangle_counts
+from .drawing import block_table, rectangle_counts
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,15 @@ def require_int(owner: str, name: str, value: object, low: int | None) -> int:
     if low is not None and value < low:
         raise ValueError(f"{owner}: {name} is {value}, allowed: an integer >= {low}")
     return value
+
+
+def require_share(owner: str, name: str, value: object) -> float:
+    """``value`` as a number from 0 to 1, or one clear error."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} is {value!r} ({type(value).__name__}), allowed: a share from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{owner}: {name} is {value}, allowed: a share from 0 to 1")
+    return float(value)
 
 
 def band_bounds(low: int, high: int) -> Bounds:
@@ -126,6 +135,41 @@ class Longformer(Pattern):
 
 
 @dataclass(frozen=True)
+class RandomBlocks(Pattern):
+    """Random blocks alone: ``max(1, round(fill * n_blocks))`` of all ``block`` x ``block`` squares, drawn by hash.
+
+    Blocks are drawn without replacement, those with the smallest integer hash of (seed, block index): the same on every device
+    and version. ``block=1`` scatters single positions, a large block clusters them: the ends that a planner must tell apart.
+    """
+
+    family: ClassVar[str] = "random_blocks"
+    block: int
+    fill: float
+    seed: int = 0
+
+    def __post_init__(self):
+        require_int(self.family, "block", self.block, 1)
+        require_int(self.family, "seed", self.seed, 0)
+        require_share(self.family, "fill", self.fill)
+
+    def bind(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
+        """A look-up in the table of drawn blocks."""
+        table, block = block_table(q_len, kv_len, self.block, self.fill, self.seed).to(device), self.block
+        return lambda b, h, q, kv: table[q // block, kv // block]
+
+    def bounds(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Bounds:
+        """A count of drawn blocks in the rectangle, from a summed-area table."""
+        count = rectangle_counts(block_table(q_len, kv_len, self.block, self.fill, self.seed).to(device))
+        block = self.block
+
+        def parts(q_lo: Tensor, q_hi: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> tuple[Tensor, Tensor]:
+            drawn, covered = count(q_lo // block, q_hi // block, kv_lo // block, kv_hi // block)
+            return drawn > 0, drawn == covered
+
+        return parts
+
+
+@dataclass(frozen=True)
 class BigBird(Pattern):
     """Longformer plus random blocks: exactly ``max(1, round(fill * n_blocks))`` of all blocks of the matrix.
 
@@ -143,31 +187,19 @@ class BigBird(Pattern):
     def __post_init__(self):
         for name, low in (("w", 0), ("g", 0), ("block", 1), ("seed", 0)):
             require_int(self.family, name, getattr(self, name), low)
-        if not 0 <= self.fill <= 1:
-            raise ValueError(f"{self.family}: fill is {self.fill}, allowed: a share from 0 to 1")
+        require_share(self.family, "fill", self.fill)
 
     @property
-    def _structured(self) -> Longformer:
-        return Longformer(self.w, self.g)
+    def _union(self) -> Pattern:
+        return Longformer(self.w, self.g) | RandomBlocks(self.block, self.fill, self.seed)
 
     def bind(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> MaskMod:
         """Longformer's predicate or a look-up in the table of drawn blocks."""
-        table = block_table(q_len, kv_len, self.block, self.fill, self.seed).to(device)
-        structured, block = self._structured.bind(q_len, kv_len, device), self.block
-        return lambda b, h, q, kv: structured(b, h, q, kv) | table[q // block, kv // block]
+        return self._union.bind(q_len, kv_len, device)
 
     def bounds(self, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Bounds:
-        """Longformer's test or a count of drawn blocks in the rectangle, from a summed-area table."""
-        structured = self._structured.bounds(q_len, kv_len, device)
-        count = rectangle_counts(block_table(q_len, kv_len, self.block, self.fill, self.seed).to(device))
-        block = self.block
-
-        def parts(q_lo: Tensor, q_hi: Tensor, kv_lo: Tensor, kv_hi: Tensor) -> tuple[Tensor, Tensor]:
-            maybe, full = structured(q_lo, q_hi, kv_lo, kv_hi)
-            drawn, covered = count(q_lo // block, q_hi // block, kv_lo // block, kv_hi // block)
-            return maybe | (drawn > 0), full | (drawn == covered)
-
-        return parts
+        """Longformer's test or that of the random blocks."""
+        return self._union.bounds(q_len, kv_len, device)
 
 
 @dataclass(frozen=True)
@@ -319,6 +351,11 @@ def longformer(w: int, g: int) -> Longformer:
 def bigbird(w: int, g: int, block: int = 64, fill: float = 0.1, seed: int = 0) -> BigBird:
     """Longformer's rule plus ``max(1, round(fill * n_blocks))`` random blocks drawn without replacement."""
     return BigBird(w, g, block, fill, seed)
+
+
+def random_blocks(block: int, fill: float, seed: int = 0) -> RandomBlocks:
+    """``max(1, round(fill * n_blocks))`` random ``block`` x ``block`` squares and nothing else."""
+    return RandomBlocks(block, fill, seed)
 
 
 def dilated(w: int, dilation: int = 2, causal: bool = False) -> Dilated:

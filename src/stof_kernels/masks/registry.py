@@ -38,6 +38,7 @@ _AT_LENGTH: dict[str, Callable[[int], Pattern]] = {
     "dilated": lambda s: families.dilated(_width(s)),
     "strided": lambda s: families.strided(max(1, _width(s))),
     "prefix_lm": lambda s: families.prefix_lm(s // 4),
+    "random_blocks": lambda s: families.random_blocks(16, 0.05),
     "document": lambda s: families.document(_mixed_lengths(s)),
     "full": lambda s: families.full(),
 }
@@ -58,6 +59,7 @@ LABELS: dict[str, str] = {
     "dilated": "Dilated",
     "strided": "Strided",
     "prefix_lm": "Prefix LM",
+    "random_blocks": "Random blocks",
     "document": "Document",
     "full": "Full",
 }
