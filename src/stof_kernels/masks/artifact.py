@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
+from .drawing import hash32
 from .families import SlidingWindow, band_bounds, require_int
 from .pattern import Bounds, MaskMod, Pattern
-from .drawing import hash32
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .pattern import Bounds, MaskMod, Pattern
 from .drawing import block_table, rectangle_counts
+from .pattern import Bounds, MaskMod, Pattern
 
 if TYPE_CHECKING:
     import torch
