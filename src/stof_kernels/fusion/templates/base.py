@@ -1,0 +1,59 @@
+"""What a template is: a way to run a segment as (ideally) one kernel, with parameters to choose from."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from ..segments import Run, Segment
+
+Setting = tuple[tuple[str, int], ...]
+"""A template's parameters by name, sorted; hashable, and one JSON object in the cache."""
+
+
+class Unsupported(Exception):
+    """A template cannot run a segment; the text is the reason."""
+
+
+class Template(ABC):
+    """One way to run segments. The reference of every template is the segment's own module."""
+
+    name: ClassVar[str]
+
+    def supports(self, segment: Segment) -> str | None:
+        """Why it cannot run this segment, or None."""
+        try:
+            self.check(segment)
+        except Unsupported as reason:
+            return str(reason)
+        return None
+
+    @abstractmethod
+    def check(self, segment: Segment) -> None:
+        """Raises `Unsupported` with the reason if it cannot run this segment."""
+
+    def settings(self, segment: Segment) -> list[Setting]:
+        """Parameters worth trying, the default first."""
+        return [()]
+
+    @abstractmethod
+    def build(self, segment: Segment, setting: Setting) -> Run:
+        """A callable that runs any segment of this key."""
+
+
+def setting(**values: int) -> Setting:
+    """Parameters as a `Setting`."""
+    return tuple(sorted(values.items()))
+
+
+def require_triton(device: torch.device) -> None:
+    """Raises `Unsupported` unless Triton can run kernels for this device (its interpreter runs them on the CPU)."""
+    if importlib.util.find_spec("triton") is None:
+        raise Unsupported("triton is not installed")
+    import triton
+
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise Unsupported(f"triton needs a CUDA device, the segment is on {device.type}")

@@ -1,0 +1,171 @@
+"""Two matrix products in a row, as in a feed-forward block, whose inner activation never leaves the multiprocessor (Triton).
+
+A block owns a few whole rows of the result and walks through the inner width; it pays where rows are few and weights dominate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from ..graph import Kind
+from ..segments import Run, Segment
+from .base import Setting, Template, Unsupported, require_triton, setting
+from .gemm import Product, common_input, exact, product_lines, product_of, require_contiguous, start
+from .library import load
+from .rows import RowProgram, through_views
+from .rowwise import empty_outputs, indent, power_of_two, stores
+
+_MOST_WIDE = 1024  # columns of the result that one block accumulates
+
+_KERNEL = """
+@triton.jit
+def kernel(x_ptr, {pointers}, M, BM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows64 = rows.to(tl.int64)
+    outer = tl.arange(0, BN)
+    ks = tl.arange(0, BK)
+    total = tl.zeros((BM, BN), tl.float32)
+    for h in range(0, {inner}, BH):
+        cols = h + tl.arange(0, BH)
+        inside = (rows[:, None] < M) & (cols[None, :] < {inner})
+{zeros}
+        for k in range(0, {depth}, BK):
+            at = k + ks
+            x = tl.load(x_ptr + rows64[:, None] * {depth} + at[None, :],
+                        mask=(rows[:, None] < M) & (at[None, :] < {depth}), other=0.0)
+{products}
+{between}
+        second = tl.load(u_ptr + cols[:, None].to(tl.int64) * {step_in} + outer[None, :].to(tl.int64) * {step_out},
+                         mask=(cols[:, None] < {inner}) & (outer[None, :] < {columns}), other=0.0)
+        total = tl.dot(tl.where(inside, {hidden}, 0.0).to(second.dtype), second, total{exact})
+    cols = outer
+    inside = (rows[:, None] < M) & (cols[None, :] < {columns})
+    acc0 = total
+{body}
+{stores}
+"""
+
+
+@dataclass
+class ChainProgram:
+    """The first products, what stands between, the second product and what follows it."""
+
+    first: list[Product]
+    x: fx.Node
+    depth: int
+    between: RowProgram
+    hidden: str
+    second: Product
+    after: RowProgram
+
+
+class GemmGemm(Template):
+    """Linear (one, or a gate and what it gates), elementwise operators, linear, and what follows."""
+
+    name: ClassVar[str] = "gemm_gemm"
+
+    def check(self, segment: Segment) -> None:
+        """Raises `Unsupported` unless the segment is linear, elementwise operators, linear, memory-intensive operators."""
+        require_triton(segment.device)
+        self.program(segment)
+
+    def program(self, segment: Segment) -> ChainProgram:
+        """The segment as two products with row programs."""
+        if (
+            segment.kinds.count(Kind.COMPUTE) != 2
+            or segment.kinds[0] is not Kind.COMPUTE
+            or Kind.ATTENTION in segment.kinds
+        ):
+            raise Unsupported("two linear operators, the first one first, this segment differs")
+        products = [p for p in map(product_of, segment.computing) if p is not None]
+        first, second = products[:-1], products[-1:]
+        if len(first) != segment.ops[0].gemms or not second:
+            raise Unsupported("two linear operators, the second with one product, this segment differs")
+        x, (last,) = common_input(first), second
+        require_contiguous(last.weight)
+        inner = first[0].node.meta["val"].shape[-1]
+        rows = first[0].node.meta["val"].numel() // inner
+        between = RowProgram(segment, rows, inner, prefix="a")
+        start(between, first)
+        order = segment.computing
+        at = order.index(last.node)
+        between.compute([n for n in order[:at] if n not in between.values])
+        hidden = through_views(last.x)
+        if between.reduces or hidden not in between.values:
+            raise Unsupported("what stands between the products is not elementwise on the first")
+        columns = last.node.meta["val"].shape[-1]
+        after = RowProgram(segment, rows, columns)
+        start(after, second)
+        after.compute(order[at + 1 :])
+        after.store()
+        if power_of_two(columns) > _MOST_WIDE:
+            raise Unsupported(f"a result of {columns} columns, allowed: up to {_MOST_WIDE}")
+        return ChainProgram(first, x, x.meta["val"].shape[-1], between, between.values[hidden], last, after)
+
+    def settings(self, segment: Segment) -> list[Setting]:
+        """Rows of a block, width of an inner step, depth of a step, warps."""
+        program = self.program(segment)
+        wide = power_of_two(program.after.columns)
+        return [
+            setting(BM=m, BH=h, BK=k, BN=wide, warps=w)
+            for m in (16, 32, 64)
+            for h in (32, 64, 16)
+            for k in (64, 32)
+            for w in (8, 4)
+            if m * wide <= 32 * w * 128
+        ] or [setting(BM=16, BH=16, BK=16, BN=wide, warps=8)]
+
+    def build(self, segment: Segment, setting: Setting) -> Run:
+        """The kernel of this segment and its launch."""
+        program, values = self.program(segment), dict(setting)
+        after, kernel = program.after, load(_source(program)).kernel
+        nodes = (
+            program.x,
+            *(p.weight for p in program.first),
+            *program.between.inputs,
+            program.second.weight,
+            *after.inputs,
+        )
+        picked = [segment.placeholders.index(node) for node in nodes]
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            stored = empty_outputs(after)
+            kernel[(-(-after.rows // values["BM"]),)](
+                *(inputs[i] for i in picked),
+                *stored,
+                after.rows,
+                BM=values["BM"],
+                BH=values["BH"],
+                BN=values["BN"],
+                BK=values["BK"],
+                num_warps=values["warps"],
+                num_stages=2,
+            )
+            return after.returns(stored, inputs)
+
+        return run
+
+
+def _source(program: ChainProgram) -> str:
+    between, after, count = program.between, program.after, len(program.first)
+    inner = between.columns
+    pointers = [f"w{i}_ptr" for i in range(count)] + between.pointers + ["u_ptr"] + after.pointers
+    step_in, step_out = (after.columns, 1) if program.second.transposed else (1, inner)
+    return _KERNEL.format(
+        pointers=", ".join(pointers + [f"o{i}_ptr" for i in range(len(after.outputs))]),
+        inner=inner,
+        columns=after.columns,
+        depth=program.depth,
+        step_in=step_in,
+        step_out=step_out,
+        hidden=program.hidden,
+        exact=exact(program.second),
+        zeros=indent([f"    acc{i} = tl.zeros((BM, BH), tl.float32)" for i in range(count)]),
+        products=indent([f"        {line}" for line in product_lines(program.first, inner, program.depth)]),
+        between=indent([f"    {line}" for line in (*between.loads, *between.lines)]),
+        body=indent([*after.loads, *after.lines]),
+        stores=indent(stores(after)),
+    )

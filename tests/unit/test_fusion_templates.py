@@ -1,0 +1,302 @@
+"""Every template against the segment that it stands for; Triton's kernels run in its interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stof_kernels.fusion import graph, segments
+from stof_kernels.fusion.capture import capture
+from stof_kernels.fusion.templates import TEMPLATES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+class Norm(nn.Module):
+    """RMSNorm as transformers spells it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        h = x.to(torch.float32)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * h.to(x.dtype)
+
+
+class Fn(nn.Module):
+    """A function of (x, y) with layers by name."""
+
+    def __init__(self, fn, **layers):
+        super().__init__()
+        self.fn = fn
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args):
+        return self.fn(self, *args)
+
+
+def tanh_gelu(x):
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def linear(i=40, o=48, bias=True):
+    return nn.Linear(i, o, bias=bias)
+
+
+def heads(x):
+    return x.view(*x.shape[:-1], -1, 8).transpose(1, 2)
+
+
+X, Y, H = (2, 9, 40), (2, 9, 48), (2, 3, 9, 16)
+# name: template, operators, module, shapes of its inputs
+CASES = {
+    "residual, layer norm": ("rowwise", "add + layer_norm", Fn(lambda m, x, y: m.n(x + y), n=nn.LayerNorm(40)), [X, X]),
+    "both results of a residual": (
+        "rowwise",
+        "add + layer_norm",
+        Fn(lambda m, x, y: ((z := x + y), m.n(z)), n=nn.LayerNorm(40)),
+        [X, X],
+    ),
+    "residual, rms norm": ("rowwise", "add + rms_norm", Fn(lambda m, x, y: m.n(x + y), n=Norm(40)), [X, X]),
+    "norm without weights": ("rowwise", "layer_norm", Fn(lambda m, x: F.layer_norm(x, (40,), eps=0.1)), [X]),
+    "gelu": ("rowwise", "gelu", Fn(lambda m, x: F.gelu(x)), [X]),
+    "gelu by tanh": ("rowwise", "gelu_tanh", Fn(lambda m, x: tanh_gelu(x)), [X]),
+    "gelu by tanh in one": ("rowwise", "gelu", Fn(lambda m, x: F.gelu(x, approximate="tanh")), [X]),
+    "gate": ("rowwise", "silu + mul", Fn(lambda m, x, y: F.silu(x) * y), [X, X]),
+    "chain": (
+        "rowwise",
+        "relu + mul + sub + div",
+        Fn(lambda m, x, y: (2.5 * F.relu(x) - y) / (m.w.abs() + 1), w=nn.Parameter(torch.ones(40))),
+        [X, X],
+    ),
+    "one row": ("rowwise", "add + layer_norm", Fn(lambda m, x, y: m.n(x + y), n=nn.LayerNorm(40)), [(1, 40), (1, 40)]),
+    "bias": ("gemm", "linear", Fn(lambda m, x: m.a(x), a=linear()), [X]),
+    "no bias": ("gemm", "linear", Fn(lambda m, x: m.a(x), a=linear(bias=False)), [X]),
+    "gelu after": ("gemm", "linear + gelu", Fn(lambda m, x: F.gelu(m.a(x)), a=linear()), [X]),
+    "relu after": ("gemm", "linear + relu", Fn(lambda m, x: F.relu(m.a(x)), a=linear()), [X]),
+    "residual after": ("gemm", "linear + add", Fn(lambda m, x, y: y + m.a(x), a=linear()), [X, Y]),
+    "residual and layer norm after": (
+        "gemm",
+        "linear + add + layer_norm",
+        Fn(lambda m, x, y: m.n(m.a(x) + y), a=linear(), n=nn.LayerNorm(48)),
+        [X, Y],
+    ),
+    "residual and rms norm after, sum kept": (
+        "gemm",
+        "linear + add + rms_norm",
+        Fn(lambda m, x, y: ((z := m.a(x) + y), m.n(z)), a=linear(), n=Norm(48)),
+        [X, Y],
+    ),
+    "query, key, value with head split": (
+        "gemm",
+        "linear x3",
+        Fn(lambda m, x: tuple(heads(p(x)) for p in (m.a, m.b, m.c)), a=linear(), b=linear(bias=False), c=linear()),
+        [X],
+    ),
+    "gate and what it gates": (
+        "gemm",
+        "linear x2 + silu + mul",
+        Fn(lambda m, x: F.silu(m.a(x)) * m.b(x), a=linear(bias=False), b=linear(bias=False)),
+        [X],
+    ),
+    "weights stored (in, out)": (
+        "gemm",
+        "linear + gelu_tanh",
+        Fn(
+            lambda m, x: tanh_gelu(torch.addmm(m.b, x.view(-1, 40), m.w).view(2, 9, 48)),
+            w=nn.Parameter(torch.ones(40, 48)),
+            b=nn.Parameter(torch.ones(48)),
+        ),
+        [X],
+    ),
+    "feed forward": (
+        "gemm_gemm",
+        "linear + gelu + linear",
+        Fn(lambda m, x: m.b(F.gelu(m.a(x))), a=linear(40, 72), b=linear(72, 48)),
+        [X],
+    ),
+    "feed forward, residual, norm": (
+        "gemm_gemm",
+        "linear + relu + linear + add + layer_norm",
+        Fn(lambda m, x, y: m.n(y + m.b(F.relu(m.a(x)))), a=linear(40, 72), b=linear(72, 48), n=nn.LayerNorm(48)),
+        [X, Y],
+    ),
+    "gated feed forward": (
+        "gemm_gemm",
+        "linear x2 + silu + mul + linear",
+        Fn(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), a=linear(40, 72, False), b=linear(40, 72), c=linear(72, 48)),
+        [X],
+    ),
+    "rotation": ("rotary", "rope", Fn(lambda m, x, c, s: rotate(x, c, s)), [H, (1, 1, 9, 16), (1, 1, 9, 16)]),
+    "rotation of strided heads": (
+        "rotary",
+        "rope + rope",
+        Fn(lambda m, x, y, c, s: (rotate(x.transpose(1, 2), c, s), rotate(y.transpose(1, 2), c, s))),
+        [(2, 9, 4, 16), (2, 9, 2, 16), (2, 1, 9, 16), (2, 1, 9, 16)],
+    ),
+}
+
+
+def segment_of(case, dtype=torch.float32):
+    """The case as one segment, with tensors for its inputs: weights random too, so that a lost bias or weight shows."""
+    _, operators, module, shapes = CASES[case] if isinstance(case, str) else case
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes]
+    module = copy.deepcopy(module).eval().to(DEVICE, dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0))
+    found = graph.build(capture(module, tuple(inputs)))
+    segment = segments.cut(found, range(len(found.ops)))
+    assert str(segment) == operators
+    named = dict(zip([n for n in found.graph_module.graph.nodes if n.op == "placeholder"], inputs, strict=True))
+    return segment, [tensor_of(node, found, named) for node in segment.sources]
+
+
+def tensor_of(node, found, inputs):
+    """What a node of the captured graph holds: an input, a weight, or something computed from weights."""
+    if node.op == "placeholder":
+        return inputs[node]
+    if node.op == "get_attr":
+        return found.graph_module.get_parameter(node.target)
+    return node.target(*torch.fx.map_arg(node.args, lambda n: tensor_of(n, found, inputs)), **node.kwargs)
+
+
+def some(settings):
+    """First, last and two between: the whole space would take minutes in the interpreter."""
+    return [settings[i] for i in sorted({0, len(settings) // 3, 2 * len(settings) // 3, len(settings) - 1})]
+
+
+@triton
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_equals_the_segment(case):
+    segment, inputs = segment_of(case)
+    template = TEMPLATES[CASES[case][0]]
+    assert template.supports(segment) is None
+    with torch.no_grad():
+        want = segment.module(*inputs)
+        for setting in some(template.settings(segment)):
+            got = template.build(segment, setting)(*inputs)
+            assert len(got) == len(want)
+            for a, b in zip(got, want, strict=True):
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@triton
+@pytest.mark.parametrize("case", [c for c, v in CASES.items() if v[0] != "rotary"])
+def test_every_input_matters(case):
+    segment, inputs = segment_of(case)
+    template = TEMPLATES[CASES[case][0]]
+    with torch.no_grad():
+        run = template.build(segment, template.settings(segment)[0])
+        want = [t.clone() for t in run(*inputs)]
+        for i in range(len(inputs)):
+            changed = [t if j != i else torch.zeros_like(t) for j, t in enumerate(inputs)]
+            assert any((a - b).abs().max() > 1e-3 for a, b in zip(run(*changed), want, strict=True)), f"input {i}"
+
+
+@triton
+@pytest.mark.parametrize(
+    "case", ["residual, rms norm", "gate and what it gates", "feed forward", "residual after", "rotation"]
+)
+def test_half_precision_is_no_worse_than_eager(case):
+    segment, inputs = segment_of(case, torch.float16)
+    exact = [t.float() for t in inputs]
+    template = TEMPLATES[CASES[case][0]]
+    wide, _ = segment_of(case)
+    with torch.no_grad():
+        want = wide.module(*exact)
+        eager = segment.module(*inputs)
+        got = template.build(segment, template.settings(segment)[0])(*inputs)
+    for a, b, w in zip(got, eager, want, strict=True):
+        assert a.dtype == torch.float16
+        assert (a.float() - w).abs().max() <= max(5e-3, 1.25 * (b.float() - w).abs().max())
+
+
+@triton
+def test_results_are_fresh_tensors():
+    segment, inputs = segment_of("residual, layer norm")
+    run = TEMPLATES["rowwise"].build(segment, TEMPLATES["rowwise"].settings(segment)[0])
+    with torch.no_grad():
+        (first,), (second,) = run(*inputs), run(*inputs)
+    assert first.data_ptr() != second.data_ptr()
+
+
+REASONS = {
+    "rowwise": {
+        "bias": "only memory-intensive operators",
+        "rotation": "aten.slice.Tensor|a view that changes|does not broadcast|cat",
+    },
+    "gemm": {"gelu": "one linear operator first", "feed forward": "one linear operator first"},
+    "gemm_gemm": {"gelu after": "two linear operators", "gelu": "two linear operators"},
+    "rotary": {"gelu": "only rotary embeddings"},
+    "inductor": {"bias": "nothing to fuse"},
+}
+
+
+@triton
+@pytest.mark.parametrize(("template", "case"), [(t, c) for t, cases in REASONS.items() for c in cases])
+def test_what_a_template_cannot_do_it_says(template, case):
+    segment, _ = segment_of(case)
+    assert re.search(REASONS[template][case], TEMPLATES[template].supports(segment) or "supported")
+
+
+@triton
+def test_sizes_that_do_not_fit_are_refused():
+    wide = Fn(lambda m, x, y: m.n(m.a(x) + y), a=linear(16, 1040), n=nn.LayerNorm(1040))
+    segment, _ = segment_of(("", "linear + add + layer_norm", wide, [(3, 16), (3, 1040)]))
+    assert "a norm over 1040 columns, allowed: up to 1024" in TEMPLATES["gemm"].supports(segment)
+    # The same without the norm is fine, and so is a transposed residual in no template.
+    segment, _ = segment_of(("", "add", Fn(lambda m, x, y: x + y.t()), [(6, 4), (4, 6)]))
+    assert "is a view that changes rows or columns" in TEMPLATES["rowwise"].supports(segment)
+    segment, _ = segment_of(("", "add", Fn(lambda m, x, y: x + y), [(2, 9, 40), (1, 9, 40)]))
+    assert "does not broadcast" in TEMPLATES["rowwise"].supports(segment)
+
+
+def test_triton_templates_say_why_the_cpu_cannot(monkeypatch):
+    segment, _ = segment_of("gelu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert TEMPLATES["rowwise"].supports(segment) == "triton is not installed"
+
+
+@pytest.mark.parametrize("case", ["residual, layer norm", "feed forward", "rotation of strided heads"])
+def test_eager_runs_everything(case):
+    segment, inputs = segment_of(case)
+    assert TEMPLATES["eager"].supports(segment) is None
+    assert TEMPLATES["eager"].settings(segment) == [()]
+    with torch.no_grad():
+        for a, b in zip(TEMPLATES["eager"].build(segment, ())(*inputs), segment.module(*inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_inductor_compiles_a_segment():
+    segment, inputs = segment_of("both results of a residual")
+    assert TEMPLATES["inductor"].supports(segment) is None
+    with torch.no_grad():
+        for a, b in zip(TEMPLATES["inductor"].build(segment, ())(*inputs), segment.module(*inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_segments_have_one_key_and_different_ones_do_not():
+    keys = {case: segment_of(case)[0].key for case in CASES}
+    assert keys["residual, layer norm"] == segment_of("residual, layer norm")[0].key
+    same = [p for p in itertools.combinations(keys, 2) if keys[p[0]] == keys[p[1]]]
+    assert same == []
