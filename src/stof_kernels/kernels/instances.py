@@ -35,8 +35,8 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block; wide heads keep their queries there too."""
-        ring = self.stages * 2 * self.keys * self.dim * 2
-        return self.groups * (ring + (self.q_tile * self.dim * 2 if self.dim > 128 else 0))
+        stage, queries = 2 * self.keys * self.dim * 2, self.q_tile * self.dim * 2
+        return self.groups * (self.stages * stage + (queries if self.dim > 128 or queries > stage else 0))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Instance:
             # A bias costs registers for its addresses: fewer blocks rather than spills.
             floor = max(1, t.min_blocks - 1) if bias else t.min_blocks
             arguments = (t.dim, t.warps, t.blocks, t.keys, t.stages, t.groups, "true" if bias else "false", floor)
-            lines.append(f"STOF_BLOCK_WISE({self.function(bias)}, {_TYPES[self.dtype]}, {', '.join(map(str, arguments))})")
+            lines.append(
+                f"STOF_BLOCK_WISE({self.function(bias)}, {_TYPES[self.dtype]}, {', '.join(map(str, arguments))})"
+            )
         return "\n".join([*lines, ""])
 
 
@@ -78,7 +80,7 @@ _TILES = (
     Tile("tall", 64, warps=2, blocks=2, keys=64, stages=2, groups=1, min_blocks=4),
     Tile("large", 64, warps=4, blocks=2, keys=64, stages=2, groups=1, min_blocks=2),
     Tile("large", 128, warps=8, blocks=1, keys=64, stages=2, groups=1, min_blocks=1),
-    Tile("split", 64, warps=4, blocks=1, keys=64, stages=2, groups=4, min_blocks=1),
+    Tile("split", 64, warps=4, blocks=1, keys=64, stages=2, groups=3, min_blocks=1),
     Tile("split", 128, warps=4, blocks=1, keys=64, stages=2, groups=2, min_blocks=1),
 )
 
@@ -105,7 +107,10 @@ def table_source(units: tuple[Instance, ...]) -> str:
     """Text of the table of all launchers, compiled once per library."""
     entries = [(unit, bias) for unit in units for bias in unit.biases]
     lines = ['#include "attention/cuda/problem.h"', "", "namespace stof::cuda {", ""]
-    lines += [f"cudaError_t {unit.function(bias)}(const Problem&, const BlockLayout&, cudaStream_t);" for unit, bias in entries]
+    lines += [
+        f"cudaError_t {unit.function(bias)}(const Problem&, const BlockLayout&, cudaStream_t);"
+        for unit, bias in entries
+    ]
     lines += ["", "const BlockWiseEntry kBlockWiseTable[] = {"]
     for unit, bias in entries:
         flags = f"{str(unit.dtype == 'bf16').lower()}, {str(bias).lower()}"

@@ -59,14 +59,14 @@ void check_mask(const Tensor& q, std::initializer_list<std::pair<const char*, co
                   ", it must be 1 or the heads of q, ", q.size(1));
 }
 
-// Whether the kernels can read the tensor where it lies: dense rows, 16-byte steps, 32-bit offsets inside a head.
+// Whether the kernels can read the tensor where it lies: dense rows, 16-byte steps, 32-bit byte offsets inside a head.
 bool readable(const Tensor& t) {
   if (t.numel() == 0) return true;
   if (t.stride(3) != 1 || reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return false;
   for (int i = 0; i < 3; ++i) {
     if (t.size(i) > 1 && t.stride(i) % 8 != 0) return false;
   }
-  return t.size(2) * t.stride(2) <= std::numeric_limits<uint32_t>::max();
+  return t.size(2) * t.stride(2) <= std::numeric_limits<int32_t>::max();
 }
 
 Tensor packed(const Tensor& t) {
@@ -92,9 +92,10 @@ BiasView bias_of(const Tensor& bias, const Tensor& q, int64_t kv_len) {
   return {bias.data_ptr(), step(0), step(1), step(2), step(3), dtype == ScalarType::Float};
 }
 
-// A plan is [kernel, q_tile, kv_chunk, shape], then, if the layout's sizes are known, [items, parts, combines, 0].
+// A plan is [kernel, q_tile, kv_chunk, shape], then, if the layout's sizes are known, [items, parts, combines, key tiles of
+// the longest item].
 struct Plan {
-  int64_t kernel = -1, shape = -1, items = -1, parts = -1, combines = -1;
+  int64_t kernel = -1, shape = -1, items = -1, parts = -1, combines = -1, longest = 0;
 };
 
 Plan plan_of(const Tensor& plan, int64_t bits_width) {
@@ -111,22 +112,21 @@ Plan plan_of(const Tensor& plan, int64_t bits_width) {
   chosen.shape = word[3] >= 1 ? word[3] - 1 : -1;
   STD_TORCH_CHECK(word[3] >= -1 && word[3] <= 4, "sparse_attention: plan[3] is ", word[3],
                   ", it must be 1 to 4 (a shape of block_wise), 0 or -1 (default)");
-  if (plan.size(0) == 8) chosen.items = word[4], chosen.parts = word[5], chosen.combines = word[6];
+  if (plan.size(0) == 8) chosen.items = word[4], chosen.parts = word[5], chosen.combines = word[6], chosen.longest = word[7];
   return chosen;
 }
 
-Shape default_shape(const Problem& p, const BlockLayout& layout, int multiprocessors) {
+Shape default_shape(const Problem& p, const BlockLayout& layout, int64_t longest, int multiprocessors) {
   const bool biased = p.bias.data != nullptr;
   if (layout.q_tile == 128) return Shape::kLarge;
-  // Too few blocks to fill the device: more warps on each.
+  // Few blocks with long lists: more warps on each. At 4 key tiles and less the groups do not pay for their merge.
   const int64_t blocks = int64_t{layout.item_limit} * layout.copies;
-  if (layout.exact && blocks <= multiprocessors && has_shape(Shape::kSplit, p.head_dim, biased)) return Shape::kSplit;
+  if (layout.exact && 2 * blocks <= 3 * multiprocessors && longest > 4 && has_shape(Shape::kSplit, p.head_dim, biased)) return Shape::kSplit;
   return Shape::kWide;
 }
 
 void run_block_wise(const Problem& p, const Tensor& q, const Tensor& ptr, const Tensor& col, const Tensor& slot,
                     const Tensor& bits, const Plan& plan, cudaStream_t stream) {
-  const int device = q.get_device_index();
   check_list("col", col, ScalarType::Int, {-1, 4});
   check_list("slot", slot, ScalarType::Int, {-1, kItemInts});
   check_list("ptr", ptr, ScalarType::Int, {-1});
@@ -155,18 +155,24 @@ void run_block_wise(const Problem& p, const Tensor& q, const Tensor& ptr, const 
   STD_TORCH_CHECK(int64_t{layout.item_limit} * layout.copies <= std::numeric_limits<int32_t>::max(),
                   "sparse_attention: ", layout.item_limit, " work items times ", layout.copies, " heads exceed 2**31 - 1");
   const int64_t kv_bytes = std::max<int64_t>(1, 4 * int64_t{p.kv_len} * p.head_dim);
-  const int64_t cache = device_attribute(cudaDevAttrL2CacheSize, device);
-  layout.copy_group = static_cast<int>(std::clamp<int64_t>(cache / 2 / kv_bytes, 1, layout.copies));
+  const DeviceNumbers numbers = numbers_of(q.get_device_index());
+  const int64_t group = std::clamp<int64_t>(numbers.l2_bytes / 2 / kv_bytes, 1, layout.copies);
+  const int64_t last = layout.copies - (layout.copies - 1) / group * group;
+  layout.group_blocks = FastDivisor(static_cast<uint32_t>(std::max<int64_t>(1, layout.item_limit * group)));
+  layout.group_copies = FastDivisor(static_cast<uint32_t>(group)), layout.last_copies = FastDivisor(static_cast<uint32_t>(last));
 
   const int64_t parts = layout.exact ? plan.parts : 2 * spare;
   const int64_t part_rows = layout.combine_limit > 0 ? parts * layout.copies * layout.q_tile : 0;
-  Tensor part_out = torch::stable::new_empty(q, {part_rows, p.head_dim}, ScalarType::Float);
-  Tensor part_stat = torch::stable::new_empty(q, {part_rows, 2}, ScalarType::Float);
-  layout.part_out = data_of<float>(part_out);
-  layout.part_stat = data_of<float2>(part_stat);
+  std::optional<Tensor> workspace;
+  if (part_rows > 0) {
+    const int64_t width = p.head_dim + 2;  // sums, then maximum and sum of each row
+    workspace = new_strided(q, {part_rows * width}, {1}, aoti_torch_dtype_float32());
+    layout.part_out = data_of<float>(*workspace);
+    layout.part_stat = reinterpret_cast<float2*>(layout.part_out + part_rows * p.head_dim);
+  }
 
   Shape chosen = plan.shape >= 0 ? static_cast<Shape>(plan.shape)
-                                 : default_shape(p, layout, device_attribute(cudaDevAttrMultiProcessorCount, device));
+                                 : default_shape(p, layout, plan.longest, numbers.multiprocessors);
   if (!has_shape(chosen, p.head_dim, p.bias.data != nullptr))
     chosen = layout.q_tile == 128 ? Shape::kLarge : Shape::kWide;
   STD_TORCH_CHECK((chosen == Shape::kLarge) == (layout.q_tile == 128) &&
@@ -206,22 +212,26 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::o
   p.kv_heads = static_cast<int>(k.size(1)), p.head_dim = static_cast<int>(q.size(3));
   p.q_len = static_cast<int>(q_len), p.kv_len = static_cast<int>(kv_len);
   p.mask_batch = static_cast<int>(mask_batch), p.mask_heads = static_cast<int>(mask_heads);
+  p.heads = FastDivisor(std::max(1, p.q_heads));
+  p.shared = FastDivisor(std::max(1, p.q_heads / std::max(1, p.kv_heads)));
   p.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
   // A scale of 0 stays exact: a score times 1e-30 is below what the softmax can see.
   p.scale_log2 = std::max(std::fabs(static_cast<float>(scale)) * 1.44269504088896340736f, 1e-30f);
   p.q_flip = scale < 0 ? 0x80008000u : 0u;
   if (bias.has_value()) p.bias = bias_of(*bias, q, kv_len);
 
-  Tensor out = torch::stable::new_empty(q, {p.batch, q_len, p.q_heads, p.head_dim});
-  Tensor lse = torch::stable::new_empty(
-      q, return_lse ? std::vector<int64_t>{p.batch, p.q_heads, q_len} : std::vector<int64_t>{0}, ScalarType::Float);
-  const std::tuple<Tensor, Tensor> results{torch::stable::transpose(out, 1, 2), lse};
+  const int64_t heads = p.q_heads, dim = p.head_dim;
+  const Tensor out = new_strided(q, {p.batch, heads, q_len, dim}, {q_len * heads * dim, dim, heads * dim, 1},
+                                 p.is_bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16());
+  const Tensor lse = return_lse ? new_strided(q, {p.batch, heads, q_len}, {heads * q_len, q_len, 1}, aoti_torch_dtype_float32())
+                                : new_strided(q, {0}, {1}, aoti_torch_dtype_float32());
+  const std::tuple<Tensor, Tensor> results{out, lse};
   if (out.numel() == 0) return results;
   q = packed(q), k = packed(k), v = packed(v);
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
   p.lse = return_lse ? data_of<float>(lse) : nullptr;
   p.q_stride = strides_of(q), p.k_stride = strides_of(k), p.v_stride = strides_of(v);
-  p.out_stride = {out.stride(0), out.stride(2), out.stride(1)};
+  p.out_stride = strides_of(out);
   p.counts = data_of<const int64_t>(counts);
   const cudaStream_t stream = current_stream(q);
   if (chosen.kernel == 1) run_block_wise(p, q, ptr, col, slot, bits, chosen, stream);

@@ -4,6 +4,9 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <mutex>
+#include <vector>
+
 #include "check.h"
 
 namespace stof::bindings {
@@ -23,10 +26,33 @@ inline void check_launch(const char* op, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
-inline int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_launch("device query", cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
+// What the host side needs to know of a device, asked once.
+struct DeviceNumbers {
+  int multiprocessors, l2_bytes;
+};
+
+inline DeviceNumbers numbers_of(int device) {
+  static std::mutex mutex;
+  static std::vector<DeviceNumbers> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() <= static_cast<size_t>(device)) known.resize(device + 1, DeviceNumbers{0, 0});
+  DeviceNumbers& numbers = known[device];
+  if (numbers.multiprocessors == 0) {
+    check_launch("device query", cudaDeviceGetAttribute(&numbers.l2_bytes, cudaDevAttrL2CacheSize, device));
+    check_launch("device query", cudaDeviceGetAttribute(&numbers.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  }
+  return numbers;
+}
+
+// Uninitialized tensor on the device of `like`. Straight to the allocator: going through the dispatcher, as
+// stable::new_empty does, costs microseconds a call.
+inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+                          int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                                         dtype, aoti_torch_device_type_cuda(),
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

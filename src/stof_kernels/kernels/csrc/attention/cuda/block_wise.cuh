@@ -30,17 +30,31 @@ struct BlockConfig {
   static constexpr bool kQueriesInRegisters = kDim <= 128;
   static constexpr int kStageBytes = 2 * kKeys * kRowBytes;
   static constexpr int kQueryBytes = kRows * kRowBytes;
-  static constexpr int kGroupBytes = kStages * kStageBytes + (kQueriesInRegisters ? 0 : kQueryBytes);
+  // Q that is read once waits in the ring's last stage, if it fits there; that stage is filled last.
+  static constexpr bool kQueriesInRing = kQueriesInRegisters && kQueryBytes <= kStageBytes;
+  static constexpr int kGroupBytes = kStages * kStageBytes + (kQueriesInRing ? 0 : kQueryBytes);
   static constexpr int kSharedBytes = kGroups * kGroupBytes;
-  static_assert(!kQueriesInRegisters || kQueryBytes <= kStageBytes, "Q waits in the ring's last stage");
-  static_assert(kQueryBytes <= kStages * kStageBytes, "the output is staged in the ring");
+  static_assert(kQueryBytes <= kGroupBytes, "the output is staged there");
   static_assert(kGroups == 1 || kThreads * (kBlocks * (kDim / 2 + 4)) * 4 <= kGroupBytes, "a group hands over in its ring");
 };
 
-// Chunk index under which a row's logical chunk lies, so that the 8 rows of an ldmatrix hit different banks.
+// Rows are stored with their 16-byte chunks permuted, so that the 8 rows of an ldmatrix lie in different banks: chunk c of
+// row r is at position c ^ swizzle(r).
 template <int kChunks>
-__device__ __forceinline__ int swizzle(int row, int chunk) {
-  return chunk ^ (kChunks % 8 == 0 ? row & 7 : (row >> 1) & 3);
+__host__ __device__ constexpr int swizzle(int row) {
+  return kChunks % 8 == 0 ? row & 7 : (row >> 1) & 3;
+}
+
+template <int kChunks>
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+  return row * (kChunks * 16) + (chunk ^ swizzle<kChunks>(row)) * 16;
+}
+
+// Offset `even` (an even number) chunks further in the row of `offset`: the low bits are xored, the others added.
+template <int kChunks>
+__device__ __forceinline__ uint32_t skip_chunks(uint32_t offset, int even) {
+  constexpr int kMask = kChunks % 8 == 0 ? 7 : 3;
+  return (offset ^ ((even & kMask) * 16)) + (even & ~kMask) * 16;
 }
 
 template <class C>
@@ -49,27 +63,39 @@ class BlockWise {
 
  public:
   __device__ BlockWise(const Problem& problem, const BlockLayout& layout, uint32_t ring, int group)
-      : p(problem), layout(layout), ring(ring), group(group), lane(threadIdx.x & 31),
-        warp((threadIdx.x >> 5) % C::kWarps) {}
+      : p(problem), layout(layout), ring(ring), group(group) {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // volatile: kept in a register, not read again in the loop
+    lane = thread & 31;
+    warp = C::kGroups == 1 ? thread >> 5 : (thread >> 5) % C::kWarps;
+    key_offset = chunk_offset<C::kChunks>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
+    value_offset = chunk_offset<C::kChunks>(lane & 15, lane >> 4);
+    copy_offset = chunk_offset<C::kChunks>(warp * kWarpKeys + lane / C::kChunks, lane % C::kChunks);
+  }
 
-  __device__ void place(const int* item, int copy);
   __device__ void run(const int* item);
   __device__ void merge_groups(float* shared);
   __device__ void write_output(unsigned char* shared);
   __device__ void write_part(int part, int copy);
 
- private:
   float o[C::kBlocks][C::kDim / 8][4];
   float row_max[C::kBlocks][2];
   float row_sum[C::kBlocks][2];
+  Instance at;
+  int row0;  // first query of the tile
 
+ private:
   const Problem& p;
   const BlockLayout& layout;
   const uint32_t ring;  // shared memory of this group
-  const int group, lane, warp;
-  Instance at;
-  int row0;                    // first query of the tile
-  const T *k, *v;              // of this head
+  const int group;
+  int lane, warp;
+  // Of this lane's row in a run, for ldmatrix. The orders differ, because a product takes its two registers of B side by
+  // side: for keys the low and high chunk of 8 keys, for values the low and high keys of a chunk.
+  uint32_t key_offset, value_offset;
+  uint32_t copy_offset;         // of this lane's first copy in a stage
+  const char *k, *v;            // of this head
+  uint32_t k_offset, v_offset;  // of this lane's first row and chunk in a run
   int first_tile, full_tiles;  // of the item: its first key tile, and how many lead that need no mask
   int first_slot;
 
@@ -78,14 +104,23 @@ class BlockWise {
   static constexpr int kRunKeys = kWarpKeys > kRun ? kRun : kWarpKeys;      // keys of each of its runs
   static constexpr int kCopies = kRunKeys * C::kChunks / 32;                // 16-byte copies of a lane per run
   static_assert(kRunKeys * C::kChunks % 32 == 0, "lanes share a run evenly");
+  // Lanes take whole rows, a power of two of them at a time: each copy of a lane is a fixed distance from its last.
+  static constexpr bool kWholeRows = 32 % C::kChunks == 0;
+  static constexpr int kCopyRows = kWholeRows ? 32 / C::kChunks : 0;
 
   struct Runs {
     int col[kWarpRuns];
   };
 
+  // Byte offsets inside one head fit 32 bits (the caller packs what does not): registers are short here.
+  static __device__ uint32_t row_bytes(const Strides& stride) { return static_cast<uint32_t>(stride.row) * sizeof(T); }
+  __device__ const char* head_base(const void* data, const Strides& stride, int head) const {
+    return static_cast<const char*>(data) + (at.batch * stride.batch + head * stride.head) * sizeof(T);
+  }
+
   __device__ uint32_t stage(int s) const { return ring + s * C::kStageBytes; }
   __device__ uint32_t query_base() const {
-    return C::kQueriesInRegisters ? stage(C::kStages - 1) : ring + C::kStages * C::kStageBytes;
+    return C::kQueriesInRing ? stage(C::kStages - 1) : ring + C::kStages * C::kStageBytes;
   }
   __device__ int own_tile(int step) const { return group + step / C::kSteps * C::kGroups; }  // relative to the item
   __device__ void sync() const {
@@ -111,51 +146,59 @@ class BlockWise {
 template <class C>
 __device__ __forceinline__ typename BlockWise<C>::Runs BlockWise<C>::runs_of(int step) const {
   Runs runs;
-  const int* col = layout.col + (first_tile + static_cast<int64_t>(own_tile(step))) * 4;
-  const int first = (step % C::kSteps * C::kKeys + warp * kWarpKeys) / kRun;
+  const int* col = layout.col + ((first_tile + own_tile(step)) * 4u + (step % C::kSteps * C::kKeys + warp * kWarpKeys) / kRun);
 #pragma unroll
-  for (int r = 0; r < kWarpRuns; ++r) runs.col[r] = __ldg(col + first + r);
+  for (int r = 0; r < kWarpRuns; ++r) runs.col[r] = __ldg(col + r);
   return runs;
 }
 
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::load_step(int step, const Runs& runs) const {
   const uint32_t base = stage(step % C::kStages);
-  // Offsets inside one head fit 32 bits (the caller packs what does not): registers are short here.
-  const uint32_t k_step = static_cast<uint32_t>(p.k_stride.row), v_step = static_cast<uint32_t>(p.v_stride.row);
+  const uint32_t k_step = row_bytes(p.k_stride), v_step = row_bytes(p.v_stride);
+  const int first_row = lane / C::kChunks, first_chunk = lane % C::kChunks;
 #pragma unroll
   for (int r = 0; r < kWarpRuns; ++r) {
-    const int key0 = runs.col[r] < 0 ? p.kv_len : runs.col[r] * kRun + (warp * kWarpKeys) % kRun;
+    const uint32_t key0 = runs.col[r] * kRun + (warp * kWarpKeys) % kRun;
+    const int rows = runs.col[r] < 0 ? 0 : p.kv_len - static_cast<int>(key0);  // that exist; the others become zeros
+    const uint32_t from_k = k_offset + key0 * k_step, from_v = v_offset + key0 * v_step;
 #pragma unroll
     for (int j = 0; j < kCopies; ++j) {
-      const int row = (lane + 32 * j) / C::kChunks, chunk = (lane + 32 * j) % C::kChunks;
-      const int key = key0 + row, tile_row = warp * kWarpKeys + r * kRun + row;
-      const bool valid = key < p.kv_len && chunk * 8 < p.head_dim;
-      const uint32_t dst = base + tile_row * C::kRowBytes + swizzle<C::kChunks>(tile_row, chunk) * 16;
-      const uint32_t source = valid ? key : 0, dim = valid ? chunk * 8 : 0;
-      copy_async16(dst, k + (source * k_step + dim), valid);
-      copy_async16(dst + C::kKeys * C::kRowBytes, v + (source * v_step + dim), valid);
+      int row, chunk;
+      uint32_t offset;
+      if (kWholeRows) {
+        row = first_row + j * kCopyRows, chunk = first_chunk;
+        offset = (copy_offset ^ swizzle<C::kChunks>(j * kCopyRows) * 16) + (r * kRun + j * kCopyRows) * C::kRowBytes;
+      } else {
+        row = (lane + 32 * j) / C::kChunks, chunk = (lane + 32 * j) % C::kChunks;
+        offset = chunk_offset<C::kChunks>(warp * kWarpKeys + r * kRun + row, chunk);
+      }
+      const uint32_t rows_on = row - first_row;
+      const int chunks_on = chunk - first_chunk;
+      const bool valid = row < rows && chunk * 8 < p.head_dim;
+      copy_async16(base + offset, k + (from_k + rows_on * k_step + chunks_on * 16), valid);
+      copy_async16(base + offset + C::kKeys * C::kRowBytes, v + (from_v + rows_on * v_step + chunks_on * 16), valid);
     }
   }
 }
 
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::load_queries() const {
-  const T* q_base = static_cast<const T*>(p.q) + at.batch * p.q_stride.batch + at.head * p.q_stride.head;
+  const char* q_base = head_base(p.q, p.q_stride, at.head);
 #pragma unroll
   for (int j = 0; j < C::kRows * C::kChunks / C::kThreads; ++j) {
     const int c = warp * 32 + lane + C::kThreads * j;
     const int row = c / C::kChunks, chunk = c % C::kChunks;
     const bool valid = row0 + row < p.q_len && chunk * 8 < p.head_dim;
-    const T* src = valid ? q_base + static_cast<int64_t>(row0 + row) * p.q_stride.row + chunk * 8 : q_base;
-    copy_async16(query_base() + row * C::kRowBytes + swizzle<C::kChunks>(row, chunk) * 16, src, valid);
+    copy_async16(query_base() + chunk_offset<C::kChunks>(row, chunk),
+                 q_base + (static_cast<uint32_t>(row0 + row) * row_bytes(p.q_stride) + chunk * 16), valid);
   }
 }
 
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::query_fragment(uint32_t (&fragment)[4], int block, int k) const {
   const int row = (warp * C::kBlocks + block) * 16 + (lane & 15);
-  load_matrices(fragment, query_base() + row * C::kRowBytes + swizzle<C::kChunks>(row, 2 * k + (lane >> 4)) * 16);
+  load_matrices(fragment, query_base() + chunk_offset<C::kChunks>(row, 2 * k + (lane >> 4)));
 #pragma unroll
   for (int i = 0; i < 4; ++i) fragment[i] ^= p.q_flip;
 }
@@ -164,7 +207,7 @@ __device__ __forceinline__ void BlockWise<C>::query_fragment(uint32_t (&fragment
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::words_of(int step, uint32_t (&words)[C::kBlocks]) const {
   const int partial = own_tile(step) - full_tiles;
-  const uint32_t* slot = layout.bits + (first_slot + static_cast<int64_t>(partial)) * (C::kRows * 2);
+  const uint32_t* slot = layout.bits + static_cast<uint32_t>(first_slot + partial) * (C::kRows * 2u);
 #pragma unroll
   for (int m = 0; m < C::kBlocks; ++m)
     words[m] = partial < 0 ? 0xffffffffu : __ldg(slot + (warp * C::kBlocks + m) * 32 + lane);
@@ -178,8 +221,6 @@ __device__ __forceinline__ void BlockWise<C>::scores(float (&s)[C::kBlocks][C::k
     for (int n = 0; n < C::kKeys / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[m][n][e] = 0.f;
-  // Matrices of a load: keys 0-7 and 8-15 of a run, each with the low and the high 8 dims of step k.
-  const int row = (lane & 7) + ((lane >> 4) << 3), half = (lane >> 3) & 1;
 #pragma unroll
   for (int k = 0; k < C::kDim / 16; ++k) {
     uint32_t reload[C::kBlocks][4];
@@ -187,7 +228,7 @@ __device__ __forceinline__ void BlockWise<C>::scores(float (&s)[C::kBlocks][C::k
 #pragma unroll
       for (int m = 0; m < C::kBlocks; ++m) query_fragment(reload[m], m, k);
     }
-    const uint32_t offset = keys + row * C::kRowBytes + swizzle<C::kChunks>(row, 2 * k + half) * 16;
+    const uint32_t offset = keys + skip_chunks<C::kChunks>(key_offset, 2 * k);
 #pragma unroll
     for (int n = 0; n < C::kKeys / 16; ++n) {
       uint32_t b[4];
@@ -215,8 +256,7 @@ __device__ __forceinline__ void BlockWise<C>::mask_scores(float (&s)[C::kBlocks]
       int key = 0;
       if (C::kBias) {
         const int run = (step % C::kSteps * C::kKeys) / kRun + n / 2;
-        const int64_t tile = first_tile + static_cast<int64_t>(own_tile(step));
-        key = __ldg(layout.col + tile * 4 + run) * kRun + (n & 1) * 8 + (lane & 3) * 2;
+        key = __ldg(layout.col + (first_tile + own_tile(step)) * 4u + run) * kRun + (n & 1) * 8 + (lane & 3) * 2;
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -279,7 +319,6 @@ __device__ __forceinline__ void BlockWise<C>::softmax(float (&s)[C::kBlocks][C::
 
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::accumulate(const float (&s)[C::kBlocks][C::kKeys / 8][4], uint32_t values) {
-  const int row = lane & 15, half = lane >> 4;
 #pragma unroll
   for (int k = 0; k < C::kKeys / 16; ++k) {
     uint32_t a[C::kBlocks][4];
@@ -291,8 +330,7 @@ __device__ __forceinline__ void BlockWise<C>::accumulate(const float (&s)[C::kBl
 #pragma unroll
     for (int n = 0; n < C::kDim / 16; ++n) {
       uint32_t b[4];
-      load_matrices_transposed(
-          b, values + (k * 16 + row) * C::kRowBytes + swizzle<C::kChunks>(row, 2 * n + half) * 16);
+      load_matrices_transposed(b, values + k * 16 * C::kRowBytes + skip_chunks<C::kChunks>(value_offset, 2 * n));
 #pragma unroll
       for (int m = 0; m < C::kBlocks; ++m) {
         Element<T>::multiply(o[m][2 * n], a[m], b[0], b[1]);

@@ -7,21 +7,15 @@
 
 namespace stof::cuda {
 
-// Where the item lies in q, and which head it is for.
-template <class C>
-__device__ __forceinline__ void BlockWise<C>::place(const int* item, int copy) {
-  const int tile = __ldg(item), plane = tile / layout.q_tiles;
-  at = instance_of(p, plane, copy);
-  row0 = (tile - plane * layout.q_tiles) * C::kRows;
-}
-
 // Every key tile of one work item.
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::run(const int* item) {
   const int4 head = __ldg(reinterpret_cast<const int4*>(item));
-  const int4 more = __ldg(reinterpret_cast<const int4*>(item) + 1);
-  k = static_cast<const T*>(p.k) + at.batch * p.k_stride.batch + at.kv_head * p.k_stride.head;
-  v = static_cast<const T*>(p.v) + at.batch * p.v_stride.batch + at.kv_head * p.v_stride.head;
+  const int2 more = __ldg(reinterpret_cast<const int2*>(item) + 2);
+  k = head_base(p.k, p.k_stride, at.kv_head);
+  v = head_base(p.v, p.v_stride, at.kv_head);
+  k_offset = lane / C::kChunks * row_bytes(p.k_stride) + lane % C::kChunks * 16;
+  v_offset = lane / C::kChunks * row_bytes(p.v_stride) + lane % C::kChunks * 16;
   first_tile = head.y;
   full_tiles = more.x;
   first_slot = more.y;
@@ -148,19 +142,18 @@ __device__ __forceinline__ void BlockWise<C>::merge_groups(float* shared) {
 template <class C>
 __device__ __forceinline__ void BlockWise<C>::write_output(unsigned char* shared) {
   const int warp_row = warp * C::kBlocks * 16;
-  sync();
 #pragma unroll
   for (int m = 0; m < C::kBlocks; ++m)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row + m * 16 + r * 8 + (lane >> 2);
-      const float sum = row_sum[m][r], scale = sum == 0.f ? 0.f : 1.f / sum;
+      const float sum = row_sum[m][r], scale = sum == 0.f ? 0.f : reciprocal_fast(sum);
 #pragma unroll
       for (int n = 0; n < C::kDim / 8; ++n)
-        *reinterpret_cast<uint32_t*>(shared + row * C::kRowBytes + swizzle<C::kChunks>(row, n) * 16 + (lane & 3) * 4) =
+        *reinterpret_cast<uint32_t*>(shared + chunk_offset<C::kChunks>(row, n) + (lane & 3) * 4) =
             Element<T>::pack(o[m][n][2 * r] * scale, o[m][n][2 * r + 1] * scale);
       if (p.lse != nullptr && (lane & 3) == 0 && row0 + row < p.q_len)
-        p.lse[lse_index(p, at, row0 + row)] = sum == 0.f ? -INFINITY : (row_max[m][r] + log2f(sum)) * kLn2;
+        p.lse[lse_index(p, at, row0 + row)] = sum == 0.f ? -INFINITY : (row_max[m][r] + log2_fast(sum)) * kLn2;
     }
   __syncwarp();
   T* out = static_cast<T*>(p.out) + at.batch * p.out_stride.batch + at.head * p.out_stride.head;
@@ -169,7 +162,7 @@ __device__ __forceinline__ void BlockWise<C>::write_output(unsigned char* shared
     const int row = warp_row + (lane + 32 * j) / C::kChunks, chunk = (lane + 32 * j) % C::kChunks;
     if (row0 + row < p.q_len && chunk * 8 < p.head_dim)
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row0 + row) * p.out_stride.row + chunk * 8) =
-          *reinterpret_cast<const uint4*>(shared + row * C::kRowBytes + swizzle<C::kChunks>(row, chunk) * 16);
+          *reinterpret_cast<const uint4*>(shared + chunk_offset<C::kChunks>(row, chunk));
   }
 }
 
@@ -192,48 +185,56 @@ __device__ __forceinline__ void BlockWise<C>::write_part(int part, int copy) {
     }
 }
 
-// This block's item and copy. Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies
+struct Assignment {
+  int item, copy;
+};
+
+// What block `block` works on. Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies
 // come first.
-__device__ __forceinline__ const int* find_item(const BlockLayout& layout, int& copy) {
-  // Volatile, so that a second call computes anew instead of holding registers.
-  int block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  const int items = layout.exact ? layout.item_limit : *static_cast<const volatile int*>(layout.header);
-  const int whole = items * layout.copy_group;
-  const int first_copy = block / whole * layout.copy_group;
-  const int side = min(layout.copy_group, layout.copies - first_copy);
-  const int index = block % whole;
-  copy = first_copy + index % side;
-  return layout.items + static_cast<int64_t>(index / side) * kItemInts;
+__device__ __forceinline__ Assignment assignment_of(const BlockLayout& layout, int block) {
+  const int group = layout.group_blocks.quotient(block);
+  const int index = block - group * static_cast<int>(layout.group_blocks.divisor);
+  const int first_copy = group * static_cast<int>(layout.group_copies.divisor);
+  const bool last = first_copy + static_cast<int>(layout.group_copies.divisor) >= layout.copies;
+  const int item = last ? layout.last_copies.quotient(index) : layout.group_copies.quotient(index);
+  const int side = static_cast<int>(last ? layout.last_copies.divisor : layout.group_copies.divisor);
+  return {item, first_copy + index - item * side};
 }
 
 template <class C, int kMinBlocks>
 __global__ void __launch_bounds__(C::kThreads* C::kGroups, kMinBlocks)
     block_wise_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout) {
   extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ int saved[6];
+  const Assignment mine = assignment_of(layout, blockIdx.x);
   if (!layout.exact) {
     if (layout.header[6] != 0 || p.counts[3] != 0) {
       fill_with_nan<typename C::T>(p);
       return;
     }
-    if (blockIdx.x >= static_cast<uint32_t>(layout.header[0]) * layout.copies) return;
+    if (mine.item >= layout.header[0]) return;
   }
-  const int group = threadIdx.x / C::kThreads;
+  const int group = C::kGroups == 1 ? 0 : threadIdx.x / C::kThreads;
   BlockWise<C> work(p, layout, shared_address(shared) + group * C::kGroupBytes, group);
-  int copy;
-  const int* item = find_item(layout, copy);
-  work.place(item, copy);
+  const int* item = layout.items + static_cast<int64_t>(mine.item) * kItemInts;
+  work.row0 = __ldg(item) * C::kRows;
+  work.at = instance_of(p, __ldg(item + 6), __ldg(item + 7), mine.copy);
+  if (threadIdx.x == 0) {
+    // The loop has no registers to hold what only the epilogue needs.
+    saved[0] = work.row0, saved[1] = work.at.batch, saved[2] = work.at.head;
+    saved[3] = __ldg(item + 3), saved[4] = mine.copy;
+  }
   work.run(item);
   if (C::kGroups > 1) {
     work.merge_groups(reinterpret_cast<float*>(shared));
     if (group > 0) return;
+  } else {
+    __syncthreads();  // all warps have left the ring, where the output is staged
   }
-  // Found again rather than held: the loop above has no registers to spare.
-  item = find_item(layout, copy);
-  work.place(item, copy);
-  const int part = __ldg(item + 3);
-  if (part < 0) work.write_output(shared);
-  else work.write_part(part, copy);
+  work.row0 = saved[0];
+  work.at = {saved[1], saved[2], 0};
+  if (saved[3] < 0) work.write_output(shared);
+  else work.write_part(saved[3], saved[4]);
 }
 
 template <class C, int kMinBlocks>

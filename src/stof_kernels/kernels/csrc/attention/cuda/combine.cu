@@ -12,12 +12,12 @@ template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout) {
   if (!layout.exact && (layout.header[6] != 0 || p.counts[3] != 0)) return;  // the main kernel wrote NaN
-  const int entry_index = blockIdx.x / layout.copies, copy = blockIdx.x % layout.copies;
+  const int entry_index = blockIdx.x / layout.copies, copy = blockIdx.x - entry_index * layout.copies;
   if (!layout.exact && entry_index >= layout.header[2]) return;
   const int4 entry = __ldg(reinterpret_cast<const int4*>(layout.combines) + entry_index);
-  const int plane = entry.x / layout.q_tiles;
-  const Instance at = instance_of(p, plane, copy);
-  const int row0 = (entry.x - plane * layout.q_tiles) * layout.q_tile;
+  const int mask_batch = entry.w / p.mask_heads;
+  const Instance at = instance_of(p, mask_batch, entry.w - mask_batch * p.mask_heads, copy);
+  const int row0 = entry.x * layout.q_tile;
   const int chunks = p.head_dim / 8;
 
   for (int i = threadIdx.x; i < kCombineRows * chunks; i += kCombineThreads) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 #pragma unroll
       for (int e = 0; e < 8; ++e) o[e] = fmaf(values[e], factor, o[e]);
     }
-    const float scale = sum == 0.f ? 0.f : 1.f / sum;
+    const float scale = sum == 0.f ? 0.f : reciprocal_fast(sum);
     uint4 packed;
     packed.x = Element<T>::pack(o[0] * scale, o[1] * scale);
     packed.y = Element<T>::pack(o[2] * scale, o[3] * scale);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kCombineThreads)
     T* out = static_cast<T*>(p.out) + at.batch * p.out_stride.batch + at.head * p.out_stride.head;
     *reinterpret_cast<uint4*>(out + row * p.out_stride.row + chunk * 8) = packed;
     if (chunk == 0 && p.lse != nullptr)
-      p.lse[lse_index(p, at, row)] = sum == 0.f ? -INFINITY : (top + log2f(sum)) * kLn2;
+      p.lse[lse_index(p, at, row)] = sum == 0.f ? -INFINITY : (top + log2_fast(sum)) * kLn2;
   }
 }
 

@@ -14,11 +14,12 @@ struct Instance {
   int batch, head, kv_head;
 };
 
-__device__ __forceinline__ Instance instance_of(const Problem& p, int plane, int copy) {
-  const int copied_heads = p.mask_heads == 1 ? p.q_heads : 1;
-  const int batch = p.mask_batch == 1 ? copy / copied_heads : plane / p.mask_heads;
-  const int head = p.mask_heads == 1 ? copy % copied_heads : plane % p.mask_heads;
-  return {batch, head, head / (p.q_heads / p.kv_heads)};
+__device__ __forceinline__ Instance instance_of(const Problem& p, int mask_batch, int mask_head, int copy) {
+  // A mask shared by all heads is copied over the heads, and likewise over the batch.
+  const int outer = p.mask_heads == 1 ? p.heads.quotient(copy) : copy;
+  const int batch = p.mask_batch == 1 ? outer : mask_batch;
+  const int head = p.mask_heads == 1 ? copy - outer * p.q_heads : mask_head;
+  return {batch, head, p.shared.quotient(head)};
 }
 
 __device__ __forceinline__ int64_t lse_index(const Problem& p, const Instance& at, int row) {

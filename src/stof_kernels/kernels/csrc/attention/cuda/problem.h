@@ -7,6 +7,23 @@
 
 namespace stof::cuda {
 
+// Division by a number known at launch: a multiply and a shift, where a hardware-less integer division costs some thirty
+// instructions. Exact for 0 <= n < 2**31 and 1 <= divisor < 2**31.
+struct FastDivisor {
+  uint32_t divisor, factor, shift;
+
+  FastDivisor() = default;
+  explicit FastDivisor(uint32_t d) : divisor(d), factor(0), shift(0) {
+    while (shift < 31 && (1u << shift) < d) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>((__umulhi(static_cast<uint32_t>(n), factor) + static_cast<uint32_t>(n)) >> shift);
+  }
+#endif
+};
+
 // Element strides of a (batch, head, row, dim) tensor whose last dimension is dense.
 struct Strides {
   int64_t batch, head, row;
@@ -28,17 +45,20 @@ struct Problem {
   const int64_t* counts;  // the mask's counts; counts[3] != 0: over capacity
   int batch, q_heads, kv_heads, q_len, kv_len, head_dim;
   int mask_batch, mask_heads;
+  FastDivisor heads;   // q_heads
+  FastDivisor shared;  // q_heads / kv_heads
   float scale_log2;    // |scale| * log2(e), never 0
   uint32_t q_flip;     // sign bits to flip in a pair of q elements: a negative scale is moved into q
   bool is_bf16;
 };
 
 // Ints of a work item of the block-wise layout:
-// {query tile, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, 0, 0, the first key tile's four runs}
+// {query tile of the plane, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, mask batch,
+//  mask head, the first key tile's four runs}
 constexpr int kItemInts = 12;
 // Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
 constexpr int kHeaderInts = 8;
-// Ints of a combine entry: {query tile, first part, parts, 0}
+// Ints of a combine entry: {query tile of the plane, first part, parts, plane}
 constexpr int kCombineInts = 4;
 
 struct BlockLayout {
@@ -53,7 +73,8 @@ struct BlockLayout {
   int combine_limit;
   bool exact;            // item_limit is exact and the layout is known to fit
   int copies;            // (batch, head) pairs that share one mask plane
-  int copy_group;        // copies that run side by side, so that their keys stay in L2
+  // Copies go in groups whose keys fit in L2; blocks of a whole group, copies of a whole and of the last group.
+  FastDivisor group_blocks, group_copies, last_copies;
   float* part_out;       // (parts * copies, q_tile, head_dim)
   float2* part_stat;     // (parts * copies, q_tile): row maximum in log2 units, row sum
 };

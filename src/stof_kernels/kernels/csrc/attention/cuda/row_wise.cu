@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(kRowWarps * 32)
   }
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int row_blocks = (p.q_len + kRowWarps - 1) / kRowWarps;
-  const int row = blockIdx.x % row_blocks * kRowWarps + warp, heads = blockIdx.x / row_blocks;
+  const int heads = blockIdx.x / row_blocks, row = (blockIdx.x - heads * row_blocks) * kRowWarps + warp;
   if (row >= p.q_len) return;
-  const int batch = heads / p.q_heads, head = heads % p.q_heads;
-  const Instance at{batch, head, head / (p.q_heads / p.kv_heads)};
+  const int batch = p.heads.quotient(heads), head = heads - batch * p.q_heads;
+  const Instance at{batch, head, p.shared.quotient(head)};
   const int plane = (p.mask_batch == 1 ? 0 : batch) * p.mask_heads + (p.mask_heads == 1 ? 0 : head);
   const int64_t strip = static_cast<int64_t>(plane) * lists.strips + row / 16;
   const int first = __ldg(lists.strip_ptr + strip), end = __ldg(lists.strip_ptr + strip + 1);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
       join(state, other);
     }
   }
-  const float inverse = state.sum == 0.f ? 0.f : 1.f / state.sum;
+  const float inverse = state.sum == 0.f ? 0.f : reciprocal_fast(state.sum);
   if (lane < kLanes && chunk * 8 < p.head_dim) {
     T* out = static_cast<T*>(p.out) + at.batch * p.out_stride.batch + at.head * p.out_stride.head;
     uint4 packed;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kRowWarps * 32)
     *reinterpret_cast<uint4*>(out + row * p.out_stride.row + chunk * 8) = packed;
   }
   if (lane == 0 && p.lse != nullptr)
-    p.lse[lse_index(p, at, row)] = state.sum == 0.f ? -INFINITY : (state.top + log2f(state.sum)) * kLn2;
+    p.lse[lse_index(p, at, row)] = state.sum == 0.f ? -INFINITY : (state.top + log2_fast(state.sum)) * kLn2;
 }
 
 template <typename T, int kLanes>

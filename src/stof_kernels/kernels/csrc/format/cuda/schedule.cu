@@ -9,7 +9,9 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kBins = 1024;    // lengths told apart by the order
-constexpr int kMinChunk = 8;   // key tiles under which a cut costs more than it brings: each part is written and read
+// Key tiles under which a cut costs more than it brings: each part is written and read. Where one block a multiprocessor
+// is all there is, the split shape deals a longer list among its warps without writing anything.
+constexpr int kMinChunk = 8, kMinChunkSplit = 16;
 
 struct Tile {
   int length, full, first_tile, first_slot;
@@ -50,32 +52,42 @@ __device__ __forceinline__ Tile read_tile(const int* query_tiles, int i, int chu
   return tile;
 }
 
-__device__ void write_items(const Tile& tile, int index, int at, int part, const LayoutBuffers& out) {
+// Query tile `index` of all planes as its plane and its place there.
+struct Place {
+  int plane, tile;
+};
+
+__device__ void write_items(const Tile& tile, const Place& place, int heads, int at, int part, const LayoutBuffers& out) {
   const int base = tile.length / tile.items, more = tile.length % tile.items;
   for (int j = 0; j < tile.items && at + j < out.item_capacity; ++j) {
     const int begin = j * base + min(j, more), count = base + (j < more);
     int* item = out.items + static_cast<int64_t>(at + j) * kItemInts;
-    item[0] = index;
+    item[0] = place.tile;
     item[1] = tile.first_tile + begin;
     item[2] = count;
     item[3] = tile.items > 1 ? part + j : -1;
     item[4] = min(max(tile.full - begin, 0), count);
     item[5] = tile.first_slot + max(begin - tile.full, 0);
-    item[6] = item[7] = 0;
+    item[6] = place.plane / heads;
+    item[7] = place.plane % heads;
   }
 }
 
-__global__ void __launch_bounds__(kThreads) schedule_kernel(int n, const int64_t* counts, LayoutBuffers out,
-                                                            Chunking chunking, int* query_tiles) {
+__global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, LayoutBuffers out, Chunking chunking,
+                                                            int* query_tiles) {
   __shared__ int shared[kThreads / 32 + 1];
   __shared__ int cursor[kBins];  // items per length, then where the next item of that length goes
+  const int per_plane = (cells.q_len + out.q_tile - 1) / out.q_tile, n = cells.planes * per_plane;
   int64_t total, slots;
   int longest;
   place_tiles(n, query_tiles, total, slots, longest);
   int chunk = chunking.chunk;
   if (chunk < 0) {
-    const int64_t share = (total * chunking.copies + chunking.slots - 1) / max(chunking.slots, 1);
-    chunk = static_cast<int>(min(max(share, static_cast<int64_t>(kMinChunk)), static_cast<int64_t>(0x3fffffff)));
+    // Half more than a block's fair share: the longest start first, and what runs on alone at the end runs faster.
+    const int64_t share = (3 * total * chunking.copies + 2 * chunking.slots - 1) / max(2 * chunking.slots, 1);
+    const bool few = 8 * static_cast<int64_t>(n) * chunking.copies <= 3 * static_cast<int64_t>(chunking.slots);
+    const int64_t least = few ? kMinChunkSplit : kMinChunk;
+    chunk = static_cast<int>(min(max(share, least), static_cast<int64_t>(0x3fffffff)));
   } else if (chunk == 0) {
     chunk = 0x3fffffff;
   }
@@ -122,20 +134,21 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(int n, const int64_t
       __syncthreads();
     }
     if (i < n) {
-      write_items(tile, i, at, part, out);
+      const Place place{i / per_plane, i % per_plane};
+      write_items(tile, place, cells.heads, at, part, out);
       int* mine = query_tiles + static_cast<int64_t>(i) * kQueryTileInts;
       mine[4] = at;
       mine[5] = tile.items;
       if (tile.items > 1 && combine < out.combine_capacity)
         *reinterpret_cast<int4*>(out.combines + static_cast<int64_t>(combine) * kCombineInts) =
-            make_int4(i, part, tile.items, 0);
+            make_int4(place.tile, part, tile.items, place.plane);
     }
     parts += part_sum;
     combines += combine_sum;
   }
   if (threadIdx.x == 0) {
     const bool over = total > out.tile_capacity || slots > out.slot_capacity || items > out.item_capacity ||
-                      combines > out.combine_capacity || counts[3] != 0;
+                      combines > out.combine_capacity || cells.counts[3] != 0;
     const int values[kHeaderInts] = {items, parts, combines, static_cast<int>(min(total, int64_t{0x7fffffff})),
                                      static_cast<int>(min(slots, int64_t{0x7fffffff})), longest_item, over, 0};
     for (int k = 0; k < kHeaderInts; ++k) out.header[k] = values[k];
@@ -146,8 +159,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(int n, const int64_t
 
 cudaError_t schedule_items(const CellView& cells, const LayoutBuffers& out, const Chunking& chunking, int* query_tiles,
                            cudaStream_t stream) {
-  const int n = cells.planes * ((cells.q_len + out.q_tile - 1) / out.q_tile);
-  schedule_kernel<<<1, kThreads, 0, stream>>>(n, cells.counts, out, chunking, query_tiles);
+  schedule_kernel<<<1, kThreads, 0, stream>>>(cells, out, chunking, query_tiles);
   return cudaGetLastError();
 }
 
