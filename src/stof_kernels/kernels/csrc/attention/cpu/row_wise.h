@@ -231,10 +231,10 @@ static void row_wise_of(const Problem& p, const Strip& strip, RawRows keys, RawR
 
 template <typename T>
 static void row_wise_any(const Problem& p, const Strip& strip, RawRows keys, RawRows values) {
-  if (kLanes > 8 && p.dim % kLanes != 0)
-    row_wise_of<T, true>(p, strip, keys, values);
-  else
-    row_wise_of<T, false>(p, strip, keys, values);
+  if constexpr (kLanes > 8) {
+    if (p.dim % kLanes != 0) return row_wise_of<T, true>(p, strip, keys, values);
+  }
+  row_wise_of<T, false>(p, strip, keys, values);
 }
 
 static void row_wise(const Problem& p, const Strip& strip, RawRows keys, RawRows values) {
