@@ -44,7 +44,7 @@ def test_more_work_is_predicted_to_take_longer(field):
 
 
 def test_more_threads_are_predicted_to_be_faster():
-    config = KernelConfig(planner.BLOCK_WISE, 16, 128)
+    config = KernelConfig(planner.BLOCK_WISE, 16, 256)
     times = [planner.predict_us(config, cpu_spec(n), problem()) for n in (1, 2, 8, 64)]
     assert times == sorted(times, reverse=True)
     assert times[0] / times[1] == pytest.approx(2, rel=0.1)
@@ -60,10 +60,12 @@ def test_paper_selector_is_equation_one():
     assert paper_score(problem(seq_len=16, cells_per_strip=1)) == -math.inf
 
 
-def test_chunks_longer_than_the_keys_are_not_feasible():
-    plan = choose(problem(seq_len=48, cells_per_strip=3), DEVICE)
-    assert all(c.kv_chunk <= 64 for c, _ in plan.ranking)
-    assert any("longer than the 48 keys" in reason for _, reason in plan.rejected)
+def test_shapes_that_are_not_built_for_a_head_dim_are_not_feasible():
+    card = planner.cuda_spec("NVIDIA H200", (9, 0), 132, 228 * 1024, 64)
+    wide = [c for c in planner.candidates(card) if planner.infeasible(c, card, problem(head_dim=256)) is None]
+    assert {c.kernel for c in wide} == {planner.ROW_WISE, planner.BLOCK_WISE}
+    split = next(c for c in planner.candidates(card) if c.id.endswith("split"))
+    assert "built for head dims up to 128, here 256" in planner.infeasible(split, card, problem(head_dim=256))
 
 
 def test_explain_names_kernel_time_and_reasons():

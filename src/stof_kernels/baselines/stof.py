@@ -17,7 +17,7 @@ _OURS = {
 }
 
 
-@method("stof", label="STOF", experiments=EXPERIMENTS, rank=0, **_OURS)
+@method("stof", label="STOF", experiments=(*EXPERIMENTS, "planner"), rank=0, **_OURS)
 def stof(problem: Problem, tensors: Tensors) -> Prepared:
     """The public call with a prepared mask; building the mask is timed apart."""
     from stof_kernels import SparseMask, sparse_attention

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,18 +66,25 @@ def mask_params(pattern) -> str:
 
 def measure_cell(cell: Cell, job: Measured) -> list[Measurement]:
     """Rows of one cell. A method that fails gives one row with its status and a one-line reason."""
+    return rows_or_reason(cell.problem, job, _measure)
+
+
+def rows_or_reason(
+    problem: Problem, job: Measured, measure: Callable[[Problem, Measured], list[Measurement]]
+) -> list[Measurement]:
+    """``measure(problem, job)``, or one row that says why there is no time."""
     import torch
 
     try:
-        with torch.no_grad(), _released_memory(cell.problem.device):
-            return _measure(cell.problem, job)
+        with torch.no_grad(), _released_memory(problem.device):
+            return measure(problem, job)
     except Unsupported as reason:
-        return job.missing(cell.problem, "unsupported", str(reason), kept=_kept(cell.problem))
+        return job.missing(problem, "unsupported", str(reason), kept=kept_of(problem))
     except Exception as error:
         if _is_out_of_memory(error):
-            return job.missing(cell.problem, "oom", one_line(error), kept=_kept(cell.problem))
+            return job.missing(problem, "oom", one_line(error), kept=kept_of(problem))
         traceback.print_exc(file=sys.stderr)  # for the job's log; the row holds one line
-        return job.missing(cell.problem, "error", one_line(error), kept=_kept(cell.problem))
+        return job.missing(problem, "error", one_line(error), kept=kept_of(problem))
 
 
 def _measure(problem: Problem, job: Measured) -> list[Measurement]:
@@ -88,7 +95,7 @@ def _measure(problem: Problem, job: Measured) -> list[Measurement]:
 
     tensors = make_tensors(problem)
     prepared = job.method.prepare(problem, tensors)  # type: ignore[misc]  # absent methods never come here
-    kept = _kept(problem)
+    kept = kept_of(problem)
     out = prepared.run()
     error = relative_error(problem, tensors, prepared.applied, out)
     tolerance = TOLERANCE[problem.dtype]
@@ -101,13 +108,13 @@ def _measure(problem: Problem, job: Measured) -> list[Measurement]:
         return _wrong(problem, job, math.nan, "the output changed while it was timed", prepared, kept)
     note = "; ".join(filter(None, (prepared.note, arm.note)))
     checked = {"exact": prepared.exact, "rel_err": float(f"{error:.3g}"), "kept": kept}
-    rows = [job.row(problem, "device_time", **_numbers(timing), **checked, note=note)]
+    rows = [job.row(problem, "device_time", **numbers_of(timing), **checked, note=note)]
     if problem.device == "cuda":
-        rows.append(job.row(problem, "host_time", **_numbers(_host_time(prepared, timing, job)), **checked))
+        rows.append(job.row(problem, "host_time", **numbers_of(_host_time(prepared, timing, job)), **checked))
     if prepared.mask_build is not None:
         built = time_alone(prepared.mask_build, problem.device, _BUILD_SAMPLES, job.budget.budget_s)
-        rows.append(job.row(problem, "mask_build_time", **_numbers(built), kept=kept))
-    rows.append(job.row(problem, "control_time", **_numbers(beside), kept=1.0, note=control_name))
+        rows.append(job.row(problem, "mask_build_time", **numbers_of(built), kept=kept))
+    rows.append(job.row(problem, "control_time", **numbers_of(beside), kept=1.0, note=control_name))
     return rows
 
 
@@ -127,13 +134,15 @@ def _host_time(prepared: Prepared, device: Timing, job: Measured) -> Timing:
     return Timing.of([arm.sample() for _ in range(_HOST_SAMPLES)])
 
 
-def _numbers(timing: Timing) -> dict[str, object]:
+def numbers_of(timing: Timing) -> dict[str, object]:
+    """A timing as the columns of a row."""
     """Six digits: more would be noise, and would make tables hard to read."""
     rounded = {name: float(f"{getattr(timing, name):.6g}") for name in ("median", "p20", "p80")}
     return {**rounded, "samples": timing.samples}
 
 
-def _kept(problem: Problem) -> float:
+def kept_of(problem: Problem) -> float:
+    """Share of (query, key) pairs that the problem's mask keeps."""
     from .check import kept_share
 
     return kept_share(problem.pattern, problem.q_len, problem.kv_len)

@@ -136,4 +136,5 @@ def job_settings(config: Mapping[str, Any], experiment: str, device: str) -> dic
         "dtype": section["dtype"][device],
         "seed": config["seed"],
         "timing": section["timing"][device],
+        "scatter": section["scatter"],
     }

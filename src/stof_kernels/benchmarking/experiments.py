@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """``cells(settings, device)`` lists what to measure; None where nothing measures this experiment yet."""
+    """``cells(settings, device)`` lists what to measure; None where nothing measures this experiment yet.
+
+    ``measure`` names the function that turns a cell into rows, ``module:function`` of this package: what times the calls
+    imports torch, and this module does not.
+    """
 
     id: str
     statement: str
     cells: Callable[[dict[str, Any], str], list[Cell]] | None = None
+    measure: str = "cell:measure_cell"
+
+    @property
+    def measure_cell(self) -> Callable[[Cell, Any], list[Any]]:
+        """The function that measures one cell of this experiment."""
+        module, _, function = self.measure.partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), function)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -66,6 +78,27 @@ def _cell(family: str, batch: int, seq_len: int, shared: dict[str, Any], device:
     pattern = masks.get(family, seq_len)
     problem = Problem(pattern=pattern, batch=batch, q_len=seq_len, kv_len=seq_len, device=device, **shared)
     return Cell(cell_key(family, batch, seq_len), problem)
+
+
+def planner_cells(settings: dict[str, Any], device: str) -> list[Cell]:
+    """Masks x sizes, and for each size random blocks from single positions to large squares (``scatter``)."""
+    cells = attention_cells(settings, device)
+    shared = _shared(settings)
+    for batch, lengths in _sizes(settings):
+        for seq_len in lengths:
+            for pattern in _scatter(settings):
+                problem = Problem(pattern, batch, seq_len, seq_len, device=device, **shared)
+                cells.append(Cell(f"scatter_{pattern.block}_{pattern.fill:g}:{batch}x{seq_len}", problem))
+    return cells
+
+
+def _scatter(settings: dict[str, Any]) -> list[Any]:
+    found = settings.get("scatter", [])
+    try:
+        return [masks.random_blocks(entry["block"], fill) for entry in found for fill in entry["fill"]]
+    except (TypeError, KeyError, ValueError) as error:
+        allowed = "a list of {block: integer >= 1, fill: list of shares}"
+        raise SettingsError(f"settings: scatter is {found!r} ({error}), allowed: {allowed}") from None
 
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +157,12 @@ _ALL = (
     Experiment("mha_long", "attention alone at lengths of 8k to 64k"),
     Experiment("mha_bf16", "attention alone in bfloat16"),
     Experiment("mask_build", "time to build a mask in each method's own form"),
-    Experiment("planner", "regret of the planner's and of the paper's choice against trying every candidate"),
+    Experiment(
+        "planner",
+        "regret of the planner's and of the paper's choice against trying every candidate",
+        planner_cells,
+        measure="candidates:measure_candidates",
+    ),
     Experiment("scaling", "time and memory over sequence length"),
     Experiment("dynamic_mask", "attention whose mask changes from call to call"),
     Experiment("end_to_end", "whole models, BigBird mask (Figure 11)"),

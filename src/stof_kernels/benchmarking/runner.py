@@ -14,7 +14,7 @@ from stof_kernels.baselines import MethodSpec
 from stof_kernels.provenance import code_digest
 
 from . import environment, experiments
-from .cell import Measured, device_is_usable, measure_cell
+from .cell import Measured, device_is_usable
 from .experiments import Cell
 from .journal import Journal
 from .measurement import Measurement, write_rows
@@ -96,13 +96,14 @@ def _require_device(device: str) -> None:
 def _measure_all(cells: list[Cell], job: Measured, book: Journal) -> list[Measurement]:
     rows: list[Measurement] = []
     usable = True
+    measure = experiments.get(job.experiment).measure_cell
     for number, cell in enumerate(cells, start=1):
         place = f"{_name(job)} [{number}/{len(cells)}] {cell.key}"
         if cell.key in book.done:
             found = book.done[cell.key]
             print(f"{place}: finished before, kept", flush=True)
         elif usable:
-            found = measure_cell(cell, job)
+            found = measure(cell, job)
             book.finish(cell.key, found)
             print(f"{place}: {summary(found)}", flush=True)
             usable = found[0].status in ("ok", "unsupported") or device_is_usable(cell.problem.device)
@@ -120,6 +121,9 @@ def _name(job: Measured) -> str:
 
 def summary(rows: list[Measurement]) -> str:
     """One cell's rows as the rest of a progress line."""
+    regrets = [f"{row.operator} {row.median:.2f}" for row in rows if row.metric == "regret"]
+    if regrets:
+        return f"regret {', '.join(regrets)}"
     by_metric = {row.metric: row for row in rows}
     time = by_metric["device_time"]
     if time.median is None:
@@ -165,7 +169,7 @@ def _build_facts(depends: tuple[str, ...], machine: dict[str, Any]) -> dict[str,
 
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """What a finished cell's numbers depend on. The lists of cells do not count: a longer list keeps what is finished."""
-    settings = {name: value for name, value in facts["settings"].items() if name not in ("masks", "sizes")}
+    settings = {name: value for name, value in facts["settings"].items() if name not in ("masks", "sizes", "scatter")}
     kept = ("experiment", "gpu", "method", "versions", "build")
     # The clock of the moment is a reading, not a property of the machine.
     machine = {name: value for name, value in facts["machine"].items() if name not in ("clocks_sm", "clocks_mem")}

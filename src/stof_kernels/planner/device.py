@@ -7,22 +7,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class CpuCosts:
-    """Measured cost of the CPU kernels' steps, nanoseconds of one thread, at one head dimension's worth of work.
-
-    Measured on one vCPU of an AMD EPYC with AVX-512, torch 2.13.0 (kernels/NOTES.md has the runs). Another CPU is faster or
-    slower as a whole; what the planner needs is the ratios.
-    """
+    """Measured cost of the CPU kernels' steps: nanoseconds of one thread."""
 
     call: float
     """Once per call: dispatch, thread wake-up."""
     pack_per_key: float
     """Packing one key and value of one head, per element of the head dimension."""
-    block_strip: float
-    """Block-wise: one strip of 16 queries, whatever it lists, per element of the head dimension."""
     block_cell: float
-    """Block-wise: one cell, the part that does not grow with the head dimension (softmax, bookkeeping)."""
+    """Block-wise: one listed cell, the part that does not grow with the head dimension (softmax, bookkeeping)."""
     block_cell_dim: float
-    """Block-wise: one cell, per element of the head dimension."""
+    """Block-wise: one listed cell, per element of the head dimension."""
     block_partial: float
     """Block-wise: extra for applying a partial cell's bits."""
     row_row: float
@@ -50,21 +44,34 @@ class DeviceSpec:
     """Shared memory of one multiprocessor, bytes."""
     max_warps: int = 0
     """Resident warps of one multiprocessor."""
-    cpu: CpuCosts | None = None
 
 
-CPU_COSTS = CpuCosts(
-    call=4000.0,
-    pack_per_key=0.35,
-    block_strip=4.0,
-    block_cell=90.0,
-    block_cell_dim=9.0,
-    block_partial=25.0,
-    row_row=60.0,
-    row_cell=1.5,
-    row_key=8.0,
-    row_key_dim=0.25,
-)
+# Fitted to 60 measured calls on one vCPU of an AMD EPYC with AVX-512 (kernels/NOTES.md has the runs). Another CPU is faster or
+# slower as a whole; what the planner needs is the ratios.
+CPU_COSTS = {
+    "float32": CpuCosts(
+        call=7300.0,
+        pack_per_key=0.56,
+        block_cell=33.0,
+        block_cell_dim=4.9,
+        block_partial=7.0,
+        row_row=54.0,
+        row_cell=2.2,
+        row_key=0.04,
+        row_key_dim=0.067,
+    ),
+    "bfloat16": CpuCosts(
+        call=7300.0,
+        pack_per_key=0.56,
+        block_cell=33.0,
+        block_cell_dim=4.9,
+        block_partial=8.0,
+        row_row=68.0,
+        row_cell=1.9,
+        row_key=0.35,
+        row_key_dim=0.077,
+    ),
+}
 
 _KB = 1024
 _CUDA = (
@@ -77,7 +84,7 @@ _CUDA = (
 
 def cpu_spec(threads: int, arch: str = "generic") -> DeviceSpec:
     """The CPU with ``threads`` worker threads."""
-    return DeviceSpec("cpu", "cpu", arch, threads, cpu=CPU_COSTS)
+    return DeviceSpec("cpu", "cpu", arch, threads)
 
 
 def cuda_spec(
