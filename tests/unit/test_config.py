@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,14 @@ def test_recorded_rows_have_a_provenance(tmp_path: Path, provenance: str) -> Non
 
 
 def test_page_says_date_stale_methods_and_why_there_are_no_rows(tmp_path: Path) -> None:
-    depends = baselines.get("sdpa").depends_on("cpu")
-    measured = '{{"date": "{}", "machine": {{"device": "cpu"}}, "code": {{"digest": "{}", "parts": {{}}}}}}'
+    def measured(date: str, names: tuple[str, ...], digest: str) -> str:
+        code = {"digest": digest, "parts": {name: code_digest([name]) for name in names}}
+        return json.dumps({"date": date, "machine": {"device": "cpu"}, "code": code})
+
+    current = baselines.get("sdpa").depends_on("cpu")
     tables = [
-        record(tmp_path, "sdpa", measured.format("2026-01-02", code_digest(depends))),
-        record(tmp_path, "torch_native", measured.format("2026-01-03", "0" * 12)),
+        record(tmp_path, "sdpa", measured("2026-01-02", current, code_digest(current))),
+        record(tmp_path, "torch_native", measured("2026-01-03", (), "0" * 12)),
         record(tmp_path, "fa2", '{"kind": "published", "date": "2025-08-31"}'),
     ]
     facts = page_facts("a100", "recorded", ("mha",), tables)
