@@ -24,6 +24,7 @@ from pathlib import Path
 
 from .. import settings
 from ..provenance import PACKAGE_ROOT, normalized_source, source_files
+from . import instances
 
 CSRC = "kernels/csrc"  # relative to the package
 LIBRARY = "libstof.so"
@@ -58,6 +59,9 @@ class Target:
     units: tuple[Unit, ...]
     sources: tuple[str, ...]
     seconds: int  # a rough duration for the line of progress
+    generated: Callable[[], dict[str, str]] = dict  # further sources: name below csrc/generated -> text
+    host_option: str = ""  # what the compiler wants before an option of the host compiler
+    version_line: int = 0  # which line of its --version tells versions apart
 
 
 def _instruction_sets() -> tuple[Unit, ...]:
@@ -97,6 +101,67 @@ TARGETS: dict[str, Target] = {
 }
 
 
+def nvcc() -> str:
+    """CUDA compiler: of CUDA_HOME, on PATH, or of the ``nvidia-cuda-nvcc`` wheel; plain ``nvcc`` if there is none."""
+    home = settings.cuda_home()
+    if home is not None:
+        return shlex.quote(str(home / "bin" / "nvcc"))
+    found = shutil.which("nvcc")
+    if found is None:
+        spec = importlib.util.find_spec("nvidia")
+        folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else ()
+        found = next((str(p) for folder in folders for p in sorted(Path(folder).glob("*/bin/nvcc"))), None)
+    return shlex.quote(found) if found else "nvcc"
+
+
+_CUDA_BINDINGS = ("bindings/attention_cuda.cpp", "bindings/format_cuda.cpp")
+_CUDA_SOURCES = (
+    *("attention/cuda/dispatch.cpp", "attention/cuda/combine.cu", "attention/cuda/row_wise.cu"),
+    *("format/cuda/build_cells.cu", "format/cuda/build_layout.cu", "format/cuda/schedule.cu"),
+)
+
+
+def _cuda(architecture: str, code: tuple[str, ...]) -> Target:
+    sources = functools.partial(instances.sources, architecture)
+    return Target(
+        compiler=nvcc,
+        install="install the CUDA toolkit, pip install nvidia-cuda-nvcc nvidia-cuda-runtime, or set CUDA_HOME",
+        flags=(
+            *("-std=c++17", "-O3", "-DUSE_CUDA", _STABLE_ABI, "-Xcompiler=-fPIC,-fvisibility=hidden"),
+            "-Xptxas=-v",  # registers and spills, for the log
+            *(f"-gencode=arch={virtual},code={real}" for virtual, real in (pair.split(":") for pair in code)),
+        ),
+        # The runtime is linked in: the process may hold another one. -lcuda is not needed.
+        link_flags=("-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-ltorch"),
+        units=(
+            *(Unit(source, Path(source).stem) for source in (*_CUDA_SOURCES, *_CUDA_BINDINGS)),
+            *(Unit(f"generated/{name}", Path(name).stem) for name in sources()),
+        ),
+        sources=("attention/cuda", "format/cuda", "bindings/check.h", "bindings/cuda_common.h", *_CUDA_BINDINGS),
+        seconds=60,
+        generated=sources,
+        host_option="-Xcompiler=",
+        version_line=-1,
+    )
+
+
+TARGETS |= {
+    # The oldest also carries its portable form, which the driver compiles for cards that are in no table.
+    "sm_80": _cuda("sm_80", ("compute_80:sm_80", "compute_80:compute_80")),
+    "sm_89": _cuda("sm_89", ("compute_89:sm_89",)),
+    "sm_90a": _cuda("sm_90a", ("compute_90a:sm_90a",)),
+}
+
+
+def cuda_target(capability: tuple[int, int]) -> str:
+    """The target for a card of this compute capability. Raises BuildError below 8.0."""
+    if capability < (8, 0):
+        raise BuildError(
+            f"the CUDA kernels need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+        )
+    return {(8, 9): "sm_89", (9, 0): "sm_90a"}.get(tuple(capability), "sm_80")
+
+
 def target_of(name: str) -> Target:
     """The target's table entry, or a BuildError that names the known ones."""
     try:
@@ -106,16 +171,16 @@ def target_of(name: str) -> Target:
 
 
 @functools.cache
-def compiler_version(command: str, install: str) -> str:
-    """First line of what the compiler says about itself and the machine it compiles for."""
+def compiler_version(command: str, install: str, line: int = 0) -> str:
+    """What the compiler says about itself, in the given line, and (where it can say so) the machine it compiles for."""
     said = []
-    for question in ("--version", "-dumpmachine"):
+    for question in ("--version", "-dumpmachine") if line == 0 else ("--version",):
         try:
             run = subprocess.run([*shlex.split(command), question], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
             reason = "not found" if isinstance(error, FileNotFoundError) else "does not run"
             raise BuildError(f"building the kernels: compiler {command!r} {reason}; {install}") from None
-        said.append(run.stdout.splitlines()[0].strip() if run.stdout else "")
+        said.append(run.stdout.splitlines()[line].strip() if run.stdout else "")
     return ", ".join(said)
 
 
@@ -129,13 +194,15 @@ def source_digest(name: str) -> str:
     parts = [repr((target.flags, target.link_flags, target.units)), platform.machine()]
     for path in _sources(target):
         parts += [path.relative_to(PACKAGE_ROOT).as_posix(), normalized_source(path)]
+    for item in sorted(target.generated().items()):
+        parts += item
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def digest(target: str = "cpu") -> str:
     """Twelve hex digits that name the library of ``target``: its sources, flags and compiler version."""
     entry = target_of(target)
-    version = compiler_version(entry.compiler(), entry.install)
+    version = compiler_version(entry.compiler(), entry.install, entry.version_line)
     return hashlib.sha256(f"{source_digest(target)}\0{version}".encode()).hexdigest()[:12]
 
 
@@ -146,7 +213,7 @@ def manifest(target: str = "cpu") -> dict[str, object]:
         "target": target,
         "digest": digest(target),
         "source_digest": source_digest(target),
-        "compiler": compiler_version(entry.compiler(), entry.install),
+        "compiler": compiler_version(entry.compiler(), entry.install, entry.version_line),
         "flags": [*entry.flags, *entry.link_flags],
         "units": {unit.name: [unit.source, *unit.flags] for unit in entry.units},
         "sources": [path.relative_to(PACKAGE_ROOT).as_posix() for path in _sources(entry)],
@@ -223,13 +290,13 @@ def _stage(target: Target, to: Path) -> None:
     paths also keep the machine's folders out of the binary.
     """
     root = PACKAGE_ROOT / CSRC
-    wanted = {path.relative_to(root): path for path in _sources(target)}
+    wanted = {path.relative_to(root): path.read_bytes() for path in _sources(target)}
+    wanted |= {Path("generated") / name: text.encode() for name, text in target.generated().items()}
     for old in [path for path in to.rglob("*") if path.is_file()]:
         if old.relative_to(to) not in wanted:
             old.unlink()
-    for name, path in wanted.items():
+    for name, content in wanted.items():
         copy = to / name
-        content = path.read_bytes()
         if not copy.is_file() or copy.read_bytes() != content:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
@@ -240,7 +307,8 @@ def _ninja_file(target: str) -> str:
     torch = torch_dir()
     compiler = entry.compiler()
     # Torch's headers name themselves in error messages; the map keeps this machine's folder out of the binary.
-    common = f"-Icsrc -isystem {shlex.quote(str(torch / 'include'))} -ffile-prefix-map={shlex.quote(str(torch))}=torch"
+    prefix_map = f"{entry.host_option}-ffile-prefix-map={shlex.quote(str(torch))}=torch"
+    common = f"-Icsrc -isystem {shlex.quote(str(torch / 'include'))} {prefix_map}"
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",

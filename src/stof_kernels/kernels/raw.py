@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import loader
+from .build import cuda_target
 
 _ready = False
+_cuda_ready = False
 
 
 def load() -> bool:
@@ -29,9 +31,24 @@ def load() -> bool:
     return True
 
 
+def load_cuda() -> bool:
+    """Loads the CUDA kernels for the current device, once per process. Raises BuildError.
+
+    One process holds the library of one architecture: where GPUs differ, that of the device in use at the first call.
+    """
+    global _cuda_ready
+    if not _cuda_ready:
+        load()
+        loader.load(cuda_target(torch.cuda.get_device_capability()))
+        torch.library.register_fake("stof::build_layout", _fake_build_layout)
+        _cuda_ready = True
+    return True
+
+
 # What torch.compiler.assume_constant_result sets: a graph that is traced before the first call loads while tracing.
 # The decorator itself would import the whole compiler here.
 load._dynamo_marked_constant = True
+load_cuda._dynamo_marked_constant = True
 
 
 def sparse_attention(
@@ -56,12 +73,14 @@ def sparse_attention(
 
     q (B, Hq, Lq, D); k, v (B, Hkv, Lk, D); bias None or 4 dimensions that broadcast to (B, Hq, Lq, Lk). (ptr, col, slot,
     bits) is the layout that the kernel of ``plan`` reads; the CPU reads a SparseMask's own lists. ``plan`` is
-    [kernel, q_tile, kv_chunk, 0] on the CPU device; -1 leaves a choice to the kernel.
+    [kernel, q_tile, kv_chunk, 0] on the CPU device, or what `build_layout` returned; -1 leaves a choice to the kernel.
 
     Returns out, a (B, Hq, Lq, D) view of (B, Lq, Hq, D) memory in q's dtype, and lse, float32 (B, Hq, Lq), or of shape
     (0,) without ``return_lse``. Raises RuntimeError naming the argument, what it got and what is allowed.
     """
     _ready or load()
+    if q.is_cuda:
+        _cuda_ready or load_cuda()
     args = (q, k, v, bias, ptr, col, slot, bits, counts, plan, q_len, kv_len, mask_batch, mask_heads, scale, return_lse)
     if torch.compiler.is_compiling() or _needs_grad(q, k, v, bias):
         return torch.ops.stof.sparse_attention.default(*args)
@@ -76,7 +95,62 @@ def build_cells(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     Returns strip_ptr, cell_col, cell_slot, cell_bits and counts as the mask format defines them, lists of exact size.
     """
     _ready or load()
+    if keep.is_cuda:
+        _cuda_ready or load_cuda()
     return torch.ops.stof.build_cells.default(keep)
+
+
+def build_cells_out(
+    keep: Tensor, strip_ptr: Tensor, cell_col: Tensor, cell_slot: Tensor, cell_bits: Tensor, counts: Tensor
+) -> None:
+    """``torch.ops.stof.build_cells_out`` (CUDA): the same lists into given buffers, without touching the host.
+
+    A mask that does not fit sets counts[3]; what the buffers hold then is inside their capacity and otherwise undefined.
+    """
+    _cuda_ready or load_cuda()
+    torch.ops.stof.build_cells_out.default(keep, strip_ptr, cell_col, cell_slot, cell_bits, counts)
+
+
+def build_layout(
+    strip_ptr: Tensor,
+    cell_col: Tensor,
+    cell_slot: Tensor,
+    cell_bits: Tensor,
+    counts: Tensor,
+    q_len: int,
+    kv_len: int,
+    planes: int,
+    q_tile: int,
+    kv_chunk: int,
+    copies: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.stof.build_layout`` (CUDA): what the block-wise kernel reads, sized by one small read-back.
+
+    ``q_tile`` is 64 or 128; ``kv_chunk`` the most key tiles of a work item, 0 for no limit, -1 for one that lets ``copies``
+    uses of every mask plane fill the device. Returns ptr, col, slot, bits (csrc/attention/cuda/problem.h says what they
+    hold) and plan, int64 (8,) on the CPU; plan[3] may be set to a shape (1 wide, 2 tall, 3 large, 4 split; 0 default).
+    """
+    _cuda_ready or load_cuda()
+    return torch.ops.stof.build_layout.default(
+        strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len, planes, q_tile, kv_chunk, copies
+    )
+
+
+def build_layout_out(*args: Tensor | int) -> None:
+    """``torch.ops.stof.build_layout_out`` (CUDA): `build_layout`'s arguments, then ptr, col, slot and bits to fill.
+
+    Nothing is read back; a mask that does not fit makes the kernel write NaN.
+    """
+    _cuda_ready or load_cuda()
+    torch.ops.stof.build_layout_out.default(*args)
+
+
+def empty_layout(
+    strip_ptr: Tensor, q_len: int, planes: int, q_tile: int, kv_chunk: int, copies: int, tiles: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.stof.empty_layout`` (CUDA): buffers for `build_layout_out` with room for ``tiles`` key tiles."""
+    _cuda_ready or load_cuda()
+    return torch.ops.stof.empty_layout.default(strip_ptr, q_len, planes, q_tile, kv_chunk, copies, tiles)
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
@@ -89,6 +163,19 @@ def _fake_sparse_attention(q, k, v, bias, ptr, col, slot, bits, counts, plan, q_
     return_lse = rest[-1]
     out = q.new_empty((batch, length, heads, dim)).transpose(1, 2)
     return out, q.new_empty((batch, heads, length) if return_lse else (0,), dtype=torch.float32)
+
+
+def _fake_build_layout(strip_ptr: Tensor, *rest: Tensor | int) -> tuple[Tensor, ...]:
+    q_tile = rest[-3]
+    context = torch.library.get_ctx()
+    combines, tiles, items, slots = (context.new_dynamic_size() for _ in range(4))
+    return (
+        strip_ptr.new_empty((8 + 4 * combines,)),
+        strip_ptr.new_empty((tiles, 4)),
+        strip_ptr.new_empty((items, 12)),
+        strip_ptr.new_empty((slots, 2 * q_tile)),
+        torch.empty(8, dtype=torch.int64, device="cpu"),
+    )
 
 
 def _fake_build_cells(keep: Tensor) -> tuple[Tensor, ...]:

@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::o
   p.kv_heads = static_cast<int>(k.size(1)), p.head_dim = static_cast<int>(q.size(3));
   p.q_len = static_cast<int>(q_len), p.kv_len = static_cast<int>(kv_len);
   p.mask_batch = static_cast<int>(mask_batch), p.mask_heads = static_cast<int>(mask_heads);
-  p.heads = FastDivisor(std::max(1, p.q_heads));
+  p.heads = FastDivisor(std::max(1, p.q_heads)), p.planes = FastDivisor(std::max(1, p.mask_heads));
   p.shared = FastDivisor(std::max(1, p.q_heads / std::max(1, p.kv_heads)));
   p.is_bf16 = q.scalar_type() == ScalarType::BFloat16;
   // A scale of 0 stays exact: a score times 1e-30 is below what the softmax can see.

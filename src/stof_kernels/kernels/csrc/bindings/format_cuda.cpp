@@ -116,14 +116,13 @@ struct LayoutRequest {
 
 LayoutRequest request_of(const char* op, const Tensor& strip_ptr, const Tensor& cell_col, const Tensor& cell_slot,
                          const Tensor& cell_bits, const Tensor& counts, int64_t q_len, int64_t kv_len,
-                         int64_t mask_batch, int64_t mask_heads, int64_t q_tile, int64_t kv_chunk, int64_t copies) {
+                         int64_t planes, int64_t q_tile, int64_t kv_chunk, int64_t copies) {
   STD_TORCH_CHECK(q_tile == 64 || q_tile == 128, op, ": q_tile is ", q_tile, ", it must be 64 or 128");
   STD_TORCH_CHECK(kv_chunk >= -1 && kv_chunk < (1 << 24), op, ": kv_chunk is ", kv_chunk,
                   ", it must be -1 (from copies), 0 (never cut) or a number of key tiles");
   STD_TORCH_CHECK(copies >= 1, op, ": copies is ", copies, ", it must be at least 1");
   STD_TORCH_CHECK(kv_len <= kMaxLayoutKeys, op, ": kv_len is ", kv_len, ", the block_wise layout takes at most ",
                   kMaxLayoutKeys, "; use row_wise");
-  const int64_t planes = mask_batch * mask_heads;
   check_list("strip_ptr", strip_ptr, ScalarType::Int, {planes * ceil_div(q_len, kCell) + 1});
   check_list("cell_col", cell_col, ScalarType::Int, {-1});
   check_list("cell_slot", cell_slot, ScalarType::Int, {cell_col.size(0)});
@@ -132,7 +131,7 @@ LayoutRequest request_of(const char* op, const Tensor& strip_ptr, const Tensor& 
   LayoutRequest request;
   request.cells = {data_of<const int>(strip_ptr), data_of<const int>(cell_col), data_of<const int>(cell_slot),
                    data_of<const uint16_t>(cell_bits), data_of<const int64_t>(counts), static_cast<int>(planes),
-                   static_cast<int>(mask_heads), static_cast<int>(q_len), static_cast<int>(kv_len)};
+                   static_cast<int>(q_len), static_cast<int>(kv_len)};
   const int multiprocessors = numbers_of(strip_ptr.get_device_index()).multiprocessors;
   request.chunking = {static_cast<int>(kv_chunk), static_cast<int>(copies), multiprocessors * kBlocksPerMultiprocessor};
   request.q_tile = static_cast<int>(q_tile);
@@ -148,11 +147,11 @@ LayoutBuffers layout_of(const Tensor& ptr, const Tensor& col, const Tensor& slot
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_layout(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot,
                                                                 Tensor cell_bits, Tensor counts, int64_t q_len,
-                                                                int64_t kv_len, int64_t mask_batch,
-                                                                int64_t mask_heads, int64_t q_tile, int64_t kv_chunk, int64_t copies) {
+                                                                int64_t kv_len, int64_t planes, int64_t q_tile,
+                                                                int64_t kv_chunk, int64_t copies) {
   constexpr const char* op = "build_layout";
   const LayoutRequest request = request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len,
-                                           mask_batch, mask_heads, q_tile, kv_chunk, copies);
+                                           planes, q_tile, kv_chunk, copies);
   const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
   const cudaStream_t stream = current_stream(strip_ptr);
   Tensor scratch = ints(strip_ptr, {request.query_tiles, kQueryTileInts});
@@ -176,11 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_layout(Tensor strip_ptr
 }
 
 void build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, int64_t q_len,
-                      int64_t kv_len, int64_t mask_batch, int64_t mask_heads, int64_t q_tile, int64_t kv_chunk, int64_t copies, Tensor ptr,
+                      int64_t kv_len, int64_t planes, int64_t q_tile, int64_t kv_chunk, int64_t copies, Tensor ptr,
                       Tensor col, Tensor slot, Tensor bits) {
   constexpr const char* op = "build_layout_out";
   const LayoutRequest request = request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len,
-                                           mask_batch, mask_heads, q_tile, kv_chunk, copies);
+                                           planes, q_tile, kv_chunk, copies);
   check_list("ptr", ptr, ScalarType::Int, {-1});
   check_list("col", col, ScalarType::Int, {-1, 4});
   check_list("slot", slot, ScalarType::Int, {-1, kItemInts});
@@ -197,8 +196,8 @@ void build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tenso
 }
 
 // Buffers of a fixed-capacity layout: room for `tiles` key tiles, each with a bitmap, and every cut kv_chunk may ask for.
-std::tuple<Tensor, Tensor, Tensor, Tensor> empty_layout(Tensor strip_ptr, int64_t q_len, int64_t mask_batch, int64_t mask_heads,
-                                                        int64_t q_tile, int64_t kv_chunk, int64_t copies, int64_t tiles) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> empty_layout(Tensor strip_ptr, int64_t q_len, int64_t planes, int64_t q_tile,
+                                                        int64_t kv_chunk, int64_t copies, int64_t tiles) {
   constexpr const char* op = "empty_layout";
   STD_TORCH_CHECK(q_tile == 64 || q_tile == 128, op, ": q_tile is ", q_tile, ", it must be 64 or 128");
   STD_TORCH_CHECK(copies >= 1 && tiles >= 0, op, ": copies is ", copies, " and tiles ", tiles,
@@ -208,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> empty_layout(Tensor strip_ptr, int64_
   const int64_t cuts = kv_chunk < 0    ? std::min(ceil_div(multiprocessors * kBlocksPerMultiprocessor, copies), tiles)
                        : kv_chunk == 0 ? 0
                                        : tiles / kv_chunk;
-  const int64_t items = mask_batch * mask_heads * ceil_div(q_len, q_tile) + cuts;
+  const int64_t items = planes * ceil_div(q_len, q_tile) + cuts;
   return {ints(strip_ptr, {kHeaderInts + kCombineInts * cuts}), ints(strip_ptr, {tiles, 4}),
           ints(strip_ptr, {items, kItemInts}), ints(strip_ptr, {tiles, 2 * q_tile})};
 }
@@ -221,14 +220,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stof, m) {
       "Tensor(d!) cell_bits, Tensor(e!) counts) -> ()");
   m.def(
       "build_layout(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, SymInt q_len, "
-      "SymInt kv_len, SymInt mask_batch, SymInt mask_heads, int q_tile, int kv_chunk, SymInt copies) -> (Tensor ptr, Tensor col, Tensor slot, "
+      "SymInt kv_len, SymInt planes, int q_tile, int kv_chunk, SymInt copies) -> (Tensor ptr, Tensor col, Tensor slot, "
       "Tensor bits, Tensor plan)");
   m.def(
       "build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, "
-      "SymInt q_len, SymInt kv_len, SymInt mask_batch, SymInt mask_heads, int q_tile, int kv_chunk, SymInt copies, Tensor(a!) ptr, "
+      "SymInt q_len, SymInt kv_len, SymInt planes, int q_tile, int kv_chunk, SymInt copies, Tensor(a!) ptr, "
       "Tensor(b!) col, Tensor(c!) slot, Tensor(d!) bits) -> ()");
   m.def(
-      "empty_layout(Tensor strip_ptr, SymInt q_len, SymInt mask_batch, SymInt mask_heads, int q_tile, int kv_chunk, SymInt copies, "
+      "empty_layout(Tensor strip_ptr, SymInt q_len, SymInt planes, int q_tile, int kv_chunk, SymInt copies, "
       "SymInt tiles) -> (Tensor ptr, Tensor col, Tensor slot, Tensor bits)");
 }
 

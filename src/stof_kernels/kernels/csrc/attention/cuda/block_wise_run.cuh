@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(C::kThreads* C::kGroups, kMinBlocks)
   BlockWise<C> work(p, layout, shared_address(shared) + group * C::kGroupBytes, group);
   const int* item = layout.items + static_cast<int64_t>(mine.item) * kItemInts;
   work.row0 = __ldg(item) * C::kRows;
-  work.at = instance_of(p, __ldg(item + 6), __ldg(item + 7), mine.copy);
+  work.at = instance_of(p, __ldg(item + 6), mine.copy);
   if (threadIdx.x == 0) {
     // The loop has no registers to hold what only the epilogue needs.
     saved[0] = work.row0, saved[1] = work.at.batch, saved[2] = work.at.head;

@@ -15,8 +15,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int entry_index = blockIdx.x / layout.copies, copy = blockIdx.x - entry_index * layout.copies;
   if (!layout.exact && entry_index >= layout.header[2]) return;
   const int4 entry = __ldg(reinterpret_cast<const int4*>(layout.combines) + entry_index);
-  const int mask_batch = entry.w / p.mask_heads;
-  const Instance at = instance_of(p, mask_batch, entry.w - mask_batch * p.mask_heads, copy);
+  const Instance at = instance_of(p, entry.w, copy);
   const int row0 = entry.x * layout.q_tile;
   const int chunks = p.head_dim / 8;
 

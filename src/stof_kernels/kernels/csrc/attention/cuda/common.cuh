@@ -14,7 +14,8 @@ struct Instance {
   int batch, head, kv_head;
 };
 
-__device__ __forceinline__ Instance instance_of(const Problem& p, int mask_batch, int mask_head, int copy) {
+__device__ __forceinline__ Instance instance_of(const Problem& p, int plane, int copy) {
+  const int mask_batch = p.planes.quotient(plane), mask_head = plane - mask_batch * p.mask_heads;
   // A mask shared by all heads is copied over the heads, and likewise over the batch.
   const int outer = p.mask_heads == 1 ? p.heads.quotient(copy) : copy;
   const int batch = p.mask_batch == 1 ? outer : mask_batch;

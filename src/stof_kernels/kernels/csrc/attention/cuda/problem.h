@@ -46,6 +46,7 @@ struct Problem {
   int batch, q_heads, kv_heads, q_len, kv_len, head_dim;
   int mask_batch, mask_heads;
   FastDivisor heads;   // q_heads
+  FastDivisor planes;  // mask_heads
   FastDivisor shared;  // q_heads / kv_heads
   float scale_log2;    // |scale| * log2(e), never 0
   uint32_t q_flip;     // sign bits to flip in a pair of q elements: a negative scale is moved into q
@@ -53,8 +54,8 @@ struct Problem {
 };
 
 // Ints of a work item of the block-wise layout:
-// {query tile of the plane, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, mask batch,
-//  mask head, the first key tile's four runs}
+// {query tile of the plane, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, plane, 0, the first
+//  key tile's four runs}
 constexpr int kItemInts = 12;
 // Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
 constexpr int kHeaderInts = 8;

@@ -37,8 +37,7 @@ struct CellView {
   const int *strip_ptr, *cell_col, *cell_slot;
   const uint16_t* cell_bits;
   const int64_t* counts;
-  int planes, heads;  // heads: planes of one batch entry
-  int q_len, kv_len;
+  int planes, q_len, kv_len;
 };
 
 struct LayoutBuffers {

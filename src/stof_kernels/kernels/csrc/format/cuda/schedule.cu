@@ -57,7 +57,7 @@ struct Place {
   int plane, tile;
 };
 
-__device__ void write_items(const Tile& tile, const Place& place, int heads, int at, int part, const LayoutBuffers& out) {
+__device__ void write_items(const Tile& tile, const Place& place, int at, int part, const LayoutBuffers& out) {
   const int base = tile.length / tile.items, more = tile.length % tile.items;
   for (int j = 0; j < tile.items && at + j < out.item_capacity; ++j) {
     const int begin = j * base + min(j, more), count = base + (j < more);
@@ -68,8 +68,8 @@ __device__ void write_items(const Tile& tile, const Place& place, int heads, int
     item[3] = tile.items > 1 ? part + j : -1;
     item[4] = min(max(tile.full - begin, 0), count);
     item[5] = tile.first_slot + max(begin - tile.full, 0);
-    item[6] = place.plane / heads;
-    item[7] = place.plane % heads;
+    item[6] = place.plane;
+    item[7] = 0;
   }
 }
 
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
     }
     if (i < n) {
       const Place place{i / per_plane, i % per_plane};
-      write_items(tile, place, cells.heads, at, part, out);
+      write_items(tile, place, at, part, out);
       int* mine = query_tiles + static_cast<int64_t>(i) * kQueryTileInts;
       mine[4] = at;
       mine[5] = tile.items;
