@@ -38,7 +38,7 @@ for figure in FIGURES.values():
             ],
             code=digest_of(
                 "plot.py",
-                ["figures", "masks", "benchmarking/measurement.py"],
+                ["figures", "masks", "baselines", "benchmarking/measurement.py"],
             ),
         script:
             "../workflow/scripts/plot.py"

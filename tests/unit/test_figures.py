@@ -32,6 +32,7 @@ BARS = {
     "fig12": 6 * 18,
     "fig13": 4 * 18,
     "table4": 3 * 18,
+    "crossover": 0,  # nothing was published
 }
 
 
@@ -67,7 +68,7 @@ def words_on(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         pages.extend([text.get_text() for text in page.figure.findobj(Text)] for page in drawn)
         save(drawn, pdf, title)
 
-    for name in ("fig9_10", "fig13", "table4", "masks", "speedups", "motivation"):
+    for name in ("fig9_10", "fig13", "table4", "masks", "speedups", "motivation", "crossover"):
         module = __import__(f"stof_kernels.figures.{name}", fromlist=["save"])
         monkeypatch.setattr(module, "save", spy)
     return pages
@@ -302,3 +303,51 @@ def test_nothing_runs_off_the_page(tables: dict[str, Path], tmp_path: Path, monk
 def test_importing_the_package_loads_neither_torch_nor_matplotlib() -> None:
     code = "import sys, stof_kernels.figures; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def candidate_rows() -> list[Measurement]:
+    """A planner table in which row-wise is better below 10 % kept and the planner errs once."""
+    rows = []
+    common = {
+        "experiment": "planner",
+        "gpu": "h100",
+        "method": "stof",
+        "mask": "random_blocks",
+        "batch": 1,
+        "seq_len": 512,
+    }
+    for block in (1, 16):
+        for fill in (0.01, 0.05, 0.2):
+            cell = common | {"mask_params": f"block={block};fill={fill};seed=0", "kept": fill}
+            times = {"block_wise/q16/kv256": 100.0, "row_wise": 1000 * fill}
+            for operator, us in times.items():
+                rows.append(
+                    Measurement(**cell, operator=operator, metric="device_time", median=us, exact=True, rel_err=1e-7)
+                )
+                rows.append(Measurement(**cell, operator=operator, metric="predicted_time", median=us * 1.1))
+            chosen = "row_wise" if fill < 0.03 else "block_wise/q16/kv256"
+            regret = times[chosen] / min(times.values())
+            for policy in ("cost", "paper"):
+                rows.append(
+                    Measurement(**cell, operator=policy, metric="regret", median=regret, note=f"chooses {chosen}")
+                )
+    return rows
+
+
+def test_crossover_shows_both_kernels_and_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "planner.csv", candidate_rows())
+    pages = words_on(monkeypatch)
+    draw(
+        "crossover", {"planner": tmp_path / "planner.csv"}, [PAGES[2], PAGES[0]], tmp_path / "x.pdf", tmp_path / "x.csv"
+    )
+    lines = lines_of(tmp_path / "x.csv")
+    assert len(lines) == 2 * 6
+    wrong = [line for line in lines if line["chosen"] == "true" and float(line["regret"]) > 1]
+    assert [(line["block"], line["kept"], line["kernel"]) for line in wrong] == [
+        (b, "0.05", "block_wise") for b in ["1", "16"]
+    ]
+    text = " ".join(pages[0])
+    assert "blocks of 16 x 16" in text
+    assert "the cost model 1.26x on average (geometric mean), 2.00x at worst" in text
+    assert any("The paper has no such figure" in word for word in pages[1])
+    assert page_count(tmp_path / "x.pdf") == 2
