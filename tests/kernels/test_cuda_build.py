@@ -1,0 +1,101 @@
+"""The CUDA targets: what is generated, which card gets which, and main tiles that compile without register spills."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from stof_kernels import settings
+from stof_kernels.kernels import instances
+from stof_kernels.kernels.build import (
+    CSRC,
+    PACKAGE_ROOT,
+    TARGETS,
+    BuildError,
+    cuda_target,
+    nvcc,
+    source_digest,
+    target_of,
+)
+
+CUDA_TARGETS = ("sm_80", "sm_89", "sm_90a")
+# Opt-in shared memory of a block; sm_80's library also runs on cards of 8.6, which have as little as sm_89.
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_89": 99 * 1024, "sm_90a": 227 * 1024}
+needs_nvcc = pytest.mark.skipif(shutil.which(shlex.split(nvcc())[0]) is None, reason="no nvcc")
+
+
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_every_head_dim_has_a_kernel_that_fits(target):
+    units = instances.instances(target)
+    for shape in instances.SHAPES:
+        assert any(unit.tile.shape == shape for unit in units)
+    wide = {(unit.tile.dim, unit.dtype) for unit in units if unit.tile.shape == "wide"}
+    assert wide == {(dim, dtype) for dim in (32, 64, 96, 128, 192, 256) for dtype in ("fp16", "bf16")}
+    for unit in units:
+        # 256 bytes: what the kernel holds beside its ring.
+        assert unit.tile.shared_bytes + 256 <= SHARED_LIMIT[target], unit.name
+        assert unit.tile.q_tile == (128 if unit.tile.shape == "large" else 64)
+
+
+def test_generated_names_agree_with_the_table():
+    texts = instances.sources("sm_80")
+    defined = re.findall(r"STOF_BLOCK_WISE\((\w+),", "\n".join(texts.values()))
+    table = texts["block_wise_table.cpp"]
+    assert len(defined) == len(set(defined)) == len(re.findall(r"\{Shape::", table))
+    assert all(f"&{name}}}" in table for name in defined)
+
+
+def test_a_card_gets_its_target():
+    cards = {(8, 0): "sm_80", (8, 6): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_80", (12, 0): "sm_80"}
+    assert {card: cuda_target(card) for card in cards} == cards
+    with pytest.raises(BuildError, match=r"compute capability 8.0 or newer, this GPU has 7.5"):
+        cuda_target((7, 5))
+    assert "compute_80,code=compute_80" in " ".join(TARGETS["sm_80"].flags)
+
+
+def test_targets_have_digests_of_their_own():
+    assert len({source_digest(target) for target in ("cpu", *CUDA_TARGETS)}) == 4
+
+
+def test_without_nvcc_one_line_says_how_to_get_it(monkeypatch, tmp_path):
+    from stof_kernels.kernels.build import digest
+
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(BuildError, match="not found; install the CUDA toolkit, pip install nvidia-cuda-nvcc") as caught:
+        digest("sm_80")
+    assert "\n" not in str(caught.value)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_main_tiles_do_not_spill(target, tmp_path):
+    entry = target_of(target)
+    texts = {name: text for name, text in instances.sources(target, main_only=True).items() if name.endswith(".cu")}
+
+    def compile_one(item):
+        name, text = item
+        (tmp_path / name).write_text(text)
+        command = [
+            *shlex.split(entry.compiler()),
+            *entry.flags,
+            f"-I{PACKAGE_ROOT / CSRC}",
+            "-c",
+            name,
+            "-o",
+            f"{name}.o",
+        ]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return name, re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stdout + run.stderr)
+
+    with ThreadPoolExecutor(settings.max_build_jobs()) as pool:
+        reports = list(pool.map(compile_one, texts.items()))
+    assert all(spills for _, spills in reports)
+    spilling = {name: spills for name, spills in reports if any(pair != ("0", "0") for pair in spills)}
+    assert not spilling

@@ -1,0 +1,150 @@
+"""Masks built on the device: lists against the CPU builder, the block-wise layout against the mask, capacities, graphs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stof_kernels.kernels import raw
+
+pytestmark = pytest.mark.gpu
+
+
+def random_mask(*shape, share=0.2):
+    keep = torch.rand(shape, device="cuda") < share
+    keep[..., : shape[2] // 3, : shape[3] // 2] = True  # full cells, and rows of them
+    keep[..., shape[2] // 2 : shape[2] // 2 + 40, :] = False
+    return keep
+
+
+def buffers(keep, cells, bits):
+    strips = keep.shape[0] * keep.shape[1] * -(-keep.shape[2] // 16)
+    sizes = ((strips + 1,), (cells,), (cells,))
+    lists = [torch.full(size, -7, dtype=torch.int32, device="cuda") for size in sizes]
+    return (
+        *lists,
+        torch.zeros(bits, 16, dtype=torch.int16, device="cuda"),
+        torch.zeros(4, dtype=torch.int64, device="cuda"),
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 64, 64), (1, 1, 1, 1), (2, 3, 200, 333), (1, 1, 47, 4096), (1, 2, 33, 5000), (1, 1, 0, 9), (1, 1, 9, 0)],
+)
+def test_lists_equal_the_cpu_builder(shape):
+    keep = random_mask(*shape)
+    for view in (keep, keep.transpose(2, 3).contiguous().transpose(2, 3), keep[:, :1].expand(shape)):
+        for mine, theirs in zip(raw.build_cells(view), raw.build_cells(view.cpu()), strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+
+
+def test_given_buffers_hold_the_same_lists():
+    keep = random_mask(2, 2, 100, 260)
+    want = raw.build_cells(keep)
+    got = buffers(keep, 5000, 5000)
+    raw.build_cells_out(keep, *got)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[4], want[4])
+    for mine, theirs in zip(got[1:4], want[1:4], strict=True):
+        assert torch.equal(mine[: len(theirs)], theirs)
+
+
+def unpack(layout, keep, q_tile):
+    """Dense mask and, per work item, its length, read out of a block-wise layout by its documented meaning."""
+    ptr, col, items, bits = (t.cpu() for t in layout[:4])
+    planes, q_len, kv_len = keep.shape[0] * keep.shape[1], keep.shape[2], keep.shape[3]
+    rows, cols = -(-q_len // q_tile) * q_tile, -(-kv_len // 16) * 16
+    dense = torch.zeros(planes, rows, cols, dtype=torch.bool)
+    lengths = []
+    for item in items[: ptr[0]].tolist():
+        tile, first, count, _, full, slot, plane, _, *runs = item
+        lengths.append(count)
+        if count:
+            assert runs == col[first].tolist()
+        for t in range(count):
+            words = None if t < full else bits[slot + t - full].view(q_tile // 16, 32).to(torch.int64)
+            for r, c in enumerate(col[first + t].tolist()):
+                if c < 0:
+                    assert words is None or not ((words >> (8 * r)) & 255).any()
+                    continue
+                part = dense[plane, tile * q_tile : (tile + 1) * q_tile, c * 16 : (c + 1) * 16]
+                if words is None:
+                    part[:] = True
+                    continue
+                for lane in range(32):
+                    byte = (words[:, lane] >> (8 * r)) & 255
+                    for e in range(8):
+                        row, column = lane // 4 + 8 * (e // 2 % 2), 8 * (e // 4) + 2 * (lane % 4) + e % 2
+                        part[row::16, column] |= (byte >> e & 1).bool()
+    return dense[:, :q_len, :kv_len].view(keep.shape), lengths
+
+
+@pytest.mark.parametrize("q_tile", [64, 128])
+@pytest.mark.parametrize("chunk", [0, 2, -1])
+@pytest.mark.parametrize("shape", [(1, 1, 300, 500), (2, 2, 130, 200)])
+def test_layout_holds_the_mask(shape, chunk, q_tile):
+    keep = random_mask(*shape)
+    cells = raw.build_cells(keep)
+    layout = raw.build_layout(*cells, *shape[2:], shape[0] * shape[1], q_tile, chunk, 3)
+    dense, lengths = unpack(layout, keep, q_tile)
+    assert torch.equal(dense, keep.cpu())
+    assert lengths == sorted(lengths, reverse=True)
+    assert chunk < 1 or max(lengths) <= chunk
+    header = layout[0][:8].tolist()
+    assert layout[4].tolist() == [1, q_tile, chunk, 0, *header[:3], header[5]]
+    again = raw.build_layout(*cells, *shape[2:], shape[0] * shape[1], q_tile, chunk, 3)
+    assert torch.equal(again[2][: header[0]], layout[2][: header[0]])
+
+
+def attend(q, k, v, keep, lists, counts, plan):
+    planes = keep.shape[:2]
+    return raw.sparse_attention(q, k, v, None, *lists, counts, plan, *keep.shape[2:], *planes, 0.125, True)
+
+
+def test_capacity_graph_replay_and_overflow():
+    q, k, v = (torch.randn(2, 4, 300, 64, device="cuda").half() for _ in range(3))
+    first, second = random_mask(1, 1, 300, 300), random_mask(1, 1, 300, 300, share=0.01)
+    keep = first.clone()
+    cells = buffers(keep, 400, 400)
+    request = (300, 300, 1, 64, -1, 8)
+    layout = raw.empty_layout(cells[0], 300, 1, 64, -1, 8, 100)
+    plan = torch.tensor([1, 64, -1, 0])
+
+    def step():
+        raw.build_cells_out(keep, *cells)
+        raw.build_layout_out(*cells, *request, *layout)
+        return attend(q, k, v, keep, layout, cells[4], plan), attend(q, k, v, keep, cells[:4], cells[4], plan * 0)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for mask in (first, second, torch.ones_like(keep), torch.zeros_like(keep)):
+        keep.copy_(mask)
+        graph.replay()
+        scores = (q.double() @ k.double().mT * 0.125).masked_fill(~mask, -math.inf)
+        want = scores.softmax(-1).nan_to_num(0.0) @ v.double()
+        for out, lse in results:
+            assert (out.double() - want).norm() <= 7e-4 * want.norm() + 1e-9
+            assert torch.equal(lse.isneginf(), ~mask.any(-1).expand_as(lse))
+
+
+@pytest.mark.parametrize(("cells", "bits", "tiles"), [(20, 400, 100), (400, 10, 100), (400, 400, 9)])
+def test_overflow_writes_nan_everywhere(cells, bits, tiles):
+    q, k, v = (torch.randn(1, 4, 300, 64, device="cuda").half() for _ in range(3))
+    keep = random_mask(1, 1, 300, 300)
+    lists = buffers(keep, cells, bits)
+    raw.build_cells_out(keep, *lists)
+    layout = raw.empty_layout(lists[0], 300, 1, 64, -1, 4, tiles)
+    raw.build_layout_out(*lists, 300, 300, 1, 64, -1, 4, *layout)
+    plan = torch.tensor([1, 64, -1, 0])
+    for out, lse in [attend(q, k, v, keep, layout, lists[4], plan)] + (
+        [attend(q, k, v, keep, lists[:4], lists[4], plan * 0)] if tiles == 100 else []
+    ):
+        assert out.isnan().all()
+        assert lse.isnan().all()
+    assert layout[0][6] == 1
