@@ -19,7 +19,7 @@ def four_dims(keep: Tensor, q_len: int | None, kv_len: int | None, what: str = "
     for dim in (0, 1):
         if keep.shape[dim] == 0:
             raise ValueError(f"{what}: shape {given} has no planes, allowed: batch and head sizes >= 1")
-        if keep.stride(dim) == 0:
+        if keep.stride(dim) == 0 and keep.numel():  # strides of an empty tensor say nothing
             keep = keep.narrow(dim, 0, 1)
     for dim, length in ((2, q_len), (3, kv_len)):
         if length is not None and keep.shape[dim] not in (1, length):
