@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from snakemake.utils import validate
 
 from stof_kernels import baselines
 from stof_kernels.benchmarking import config as checks
@@ -20,7 +21,7 @@ from stof_kernels.provenance import code_digest
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
 CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
-CONFIG["gpus"]["cpu"]["match"] = "(?!)"  # as validation fills it in
+validate(CONFIG, str(ROOT / "workflow/schemas/config.schema.yaml"))  # fills in the defaults
 
 
 def changed(place: str, value: Any) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def test_the_configuration_itself_passes() -> None:
     [
         ("sede", 1, "config: unknown key 'sede', did you mean 'seed'?; allowed: gpu, source, gpus, seed, experiments"),
         ("experiments/mha/head", 3, "config experiments.mha: unknown key 'head', did you mean 'heads'?"),
-        ("experiments/mhb", {}, "config experiments: unknown key 'mhb', did you mean 'mha'?; allowed: mha"),
+        ("experiments/mhb", {}, "config experiments: unknown key 'mhb', did you mean 'mha'?; allowed: mha, planner"),
         ("experiments/mha/timing/cpu/warm_up", 1, "config experiments.mha.timing.cpu: unknown key 'warm_up'"),
         ("experiments/mha/sizes/cpu/0/seqlen", [1], "config experiments.mha.sizes.cpu.0: unknown key 'seqlen'"),
         ("experiments/mha/heads", 0, "config experiments.mha.heads: 0 is less than the minimum of 1; allowed: "),
