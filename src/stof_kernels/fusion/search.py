@@ -1,0 +1,216 @@
+"""The two-stage search of STOF (PPoPP '26): first which operators share a kernel, then with which parameters.
+
+Stage 1 goes depth first over the boundaries around compute-intensive operators. Each move is judged by the best of a fixed
+number of samples per segment, before against after; what gains is kept and explored further, the rest is rolled back, and no
+scheme is tried twice. Stage 2 tunes the parameters of the chosen scheme: a fixed number of samples per iteration, shared
+equally at first, then by what each segment's tuning has gained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .blocks import Block, start_scheme
+from .costs import Clock, Meter, OutOfTime, Space
+from .graph import Kind, OpGraph
+from .moves import moves
+from .plan import BlockPlan, Choice, FusionPlan
+from .scheme import FusionScheme
+from .segments import Segment, cut
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """``budget_s`` seconds in all; ``samples`` candidates per segment in stage 1; ``round_samples`` per round of stage 2.
+
+    ``gain`` is the share by which a move has to be faster to be kept: what is below is noise. ``templates`` restricts the
+    templates (None: all); eager is always there.
+    """
+
+    budget_s: float = 30.0
+    samples: int = 4
+    round_samples: int = 12
+    gain: float = 0.01
+    seed: int = 0
+    templates: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if not self.budget_s >= 0:
+            raise ValueError(f"search: budget_s is {self.budget_s}, allowed: seconds >= 0")
+        if self.samples < 1 or self.round_samples < 1:
+            raise ValueError("search: samples and round_samples, allowed: integers >= 1")
+
+    def allows(self, template: str) -> bool:
+        """Whether a template may be used."""
+        return self.templates is None or template in self.templates
+
+
+@dataclass
+class Search:
+    """One search over the blocks of a graph. `run` returns the best plan found within the budget, whatever happens."""
+
+    graph: OpGraph
+    blocks: list[Block]
+    settings: SearchSettings
+    meter: Meter
+    clock: Clock
+    progress: Progress = lambda line: None
+    spaces: dict[str, Space] = field(default_factory=dict)
+    schemes: dict[int, FusionScheme] = field(default_factory=dict)
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    counts: dict[str, int] = field(default_factory=lambda: {"schemes": 0, "kept": 0, "candidates": 0, "rounds": 0})
+    _cuts: dict[tuple[int, int, int], Segment] = field(default_factory=dict)
+
+    def run(self) -> FusionPlan:
+        """Both stages; out of time, the plan is the best so far."""
+        for i, block in enumerate(self.blocks):
+            self.schemes[i] = FusionScheme.unfused(block.period)
+        try:
+            for i in sorted(range(len(self.blocks)), key=lambda i: -self.blocks[i].count):
+                self._first_stage(i)
+            self._second_stage()
+        except OutOfTime:
+            self.progress(f"search: budget of {self.settings.budget_s:g} s spent")
+        return self.plan()
+
+    def plan(self) -> FusionPlan:
+        """The best plan so far; a segment that was never measured runs eagerly."""
+        blocks = []
+        for i, block in enumerate(self.blocks):
+            choices = []
+            for segment in self._segments(i, self.schemes[i]):
+                best = self._space(segment).best
+                choices.append(best if best is not None and math.isfinite(best.cost_us) else Choice())
+            with self.clock.on("encoding"):
+                word = self.schemes[i].encode()
+            blocks.append(BlockPlan(block.start, block.period, block.count, word, tuple(choices)))
+        return FusionPlan(blocks, {"total": self.clock.elapsed, **self.clock.spent}, dict(self.counts))
+
+    # ---- stage 1 -----------------------------------------------------------------------------------------------------
+
+    def _first_stage(self, i: int) -> None:
+        block = self.blocks[i]
+        kinds = [self.graph.ops[j].kind for j in block.layer(0)]
+        # The unfused scheme is measured first, so that whatever happens later there is something to compare with.
+        best = self._evaluate(i, self.schemes[i])
+        for scheme in self._starts(i, kinds):
+            cost = self._evaluate(i, scheme)
+            if cost < best:
+                best = self._keep(i, scheme, cost, "start")
+        products = [j for j, kind in enumerate(kinds) if kind is Kind.COMPUTE]
+        for product in products:
+            while (improved := self._step(i, kinds, product, best)) is not None:
+                best = improved
+        self.progress(f"block {i + 1}/{len(self.blocks)}: {self.schemes[i]}, {best:.0f} us a layer")
+
+    def _starts(self, i: int, kinds: list[Kind]) -> list[FusionScheme]:
+        scheme = start_scheme(self.graph, self.blocks[i])
+        return [scheme] if self._is_new(i, scheme) else []
+
+    def _step(self, i: int, kinds: list[Kind], product: int, best: float) -> float | None:
+        """The first move around a product that gains, kept; None if none does."""
+        for name, scheme in moves(self.schemes[i], kinds, product):
+            if not self._is_new(i, scheme):
+                continue
+            cost = self._evaluate(i, scheme)
+            if cost < best * (1 - self.settings.gain):
+                return self._keep(i, scheme, cost, name)
+        return None
+
+    def _keep(self, i: int, scheme: FusionScheme, cost: float, move: str) -> float:
+        self.schemes[i] = scheme
+        self.counts["kept"] += 1
+        self.progress(f"block {i + 1}/{len(self.blocks)}: {move} -> {scheme}, {cost:.0f} us a layer")
+        return cost
+
+    def _is_new(self, i: int, scheme: FusionScheme) -> bool:
+        with self.clock.on("encoding"):
+            word = scheme.encode()
+            new = (i, word) not in self.seen
+            self.seen.add((i, word))
+        return new
+
+    def _evaluate(self, i: int, scheme: FusionScheme) -> float:
+        """Cost of a layer: the best of the samples of each of its segments."""
+        with self.clock.on("encoding"):
+            word = scheme.encode()
+            self.seen.add((i, word))
+        with self.clock.on("decoding"):
+            decoded = FusionScheme.decode(word, scheme.operators)
+        self.counts["schemes"] += 1
+        total = 0.0
+        for segment in self._segments(i, decoded):
+            space = self._space(segment)
+            missing = self.settings.samples - self._tried(space)
+            if missing > 0:
+                self.counts["candidates"] += space.sample(self.meter, missing)
+            total += space.best.cost_us if space.best else math.inf
+        return total
+
+    def _tried(self, space: Space) -> int:
+        return self._sizes[space.segment.key] - len(space.waiting)
+
+    # ---- stage 2 -----------------------------------------------------------------------------------------------------
+
+    def _second_stage(self) -> None:
+        """Rounds of samples over the segments of the chosen schemes until nothing is left to try."""
+        weights: dict[str, float] = {}
+        for i, block in enumerate(self.blocks):
+            for segment in self._segments(i, self.schemes[i]):
+                weights[segment.key] = weights.get(segment.key, 0.0) + block.count
+        shares = {key: 1.0 for key in weights if self.spaces[key].waiting}
+        while shares:
+            gains = self._round(shares, weights)
+            with self.clock.on("reward"):
+                shares = reward(shares, gains, [key for key in shares if self.spaces[key].waiting])
+            self.counts["rounds"] += 1
+            saved = sum(gains.values())
+            self.progress(f"tuning round {self.counts['rounds']}: {saved:.0f} us saved, {len(shares)} segments left")
+
+    def _round(self, shares: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
+        """Microseconds that each segment's samples of one round gained over all its layers."""
+        total = sum(shares.values())
+        gains = {}
+        for key, share in shares.items():
+            space = self.spaces[key]
+            before = space.best.cost_us if space.best else math.inf
+            most = max(1, round(self.settings.round_samples * share / total))
+            self.counts["candidates"] += space.sample(self.meter, most)
+            after = space.best.cost_us if space.best else math.inf
+            gains[key] = weights[key] * (before - after) if math.isfinite(before) else 0.0
+        return gains
+
+    # ---- segments ----------------------------------------------------------------------------------------------------
+
+    def _segments(self, i: int, scheme: FusionScheme) -> list[Segment]:
+        start = self.blocks[i].start
+        found = []
+        for part in scheme.segments:
+            at = (i, part.start, part.stop)
+            if at not in self._cuts:
+                self._cuts[at] = cut(self.graph, range(start + part.start, start + part.stop))
+            found.append(self._cuts[at])
+        return found
+
+    def _space(self, segment: Segment) -> Space:
+        if segment.key not in self.spaces:
+            space = Space.of(segment, self.settings.seed, self.settings.allows)
+            self.spaces[segment.key] = space
+            self._sizes[segment.key] = len(space.waiting)
+        return self.spaces[segment.key]
+
+    def __post_init__(self):
+        self._sizes: dict[str, int] = {}
+
+
+def reward(shares: dict[str, float], gains: dict[str, float], left: list[str]) -> dict[str, float]:
+    """Shares of the next round: half equal among the segments that have something left to try, half by what each gained."""
+    if not left:
+        return {}
+    total = sum(max(0.0, gains.get(key, 0.0)) for key in left)
+    equal = 1.0 / len(left)
+    return {key: equal if not total else 0.5 * equal + 0.5 * max(0.0, gains.get(key, 0.0)) / total for key in left}
