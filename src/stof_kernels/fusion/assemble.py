@@ -1,0 +1,161 @@
+"""From a plan to a callable: one flat function for the captured shapes, eager operators in line and fused segments as calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .capture import VIEWS
+from .graph import OpGraph
+from .plan import Choice, FusionPlan
+from .segments import Run, cut
+from .templates import TEMPLATES
+
+
+@dataclass
+class Program:
+    """``function(*inputs, *weights, *constants)``; weights are the model's own tensors, constants computed from them.
+
+    Constants are computed again when one of the weights behind them has been written to.
+    """
+
+    function: fx.GraphModule
+    weights: list[Tensor]
+    constants: Constants
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The captured graph's outputs for new values of its inputs."""
+        return self.function(*inputs, *self.weights, *self.constants.current(inputs))
+
+
+class Constants:
+    """Values that depend on weights and constants only, computed once and again after a weight behind them has changed."""
+
+    def __init__(self, graph: OpGraph, needed: list[fx.Node]):
+        module = graph.graph_module
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self._graph, copies = fx.Graph(), {}
+        sources = [n for n in _behind(needed) if n.op in ("get_attr", "placeholder")]
+        for node in sources:
+            copies[node] = self._graph.placeholder(node.name)
+        wanted = set(_behind(needed))
+        for node in graph.constants:
+            if node in wanted:
+                copies[node] = self._graph.node_copy(node, copies.__getitem__)
+        self._graph.output(tuple(copies[n] for n in needed))
+        self._function = fx.GraphModule(torch.nn.Module(), self._graph)
+        self._at = [placeholders.index(n) if n.op == "placeholder" else attribute(module, n.target) for n in sources]
+        self._state: tuple | None = None
+        self._values: Sequence[Tensor] = ()
+
+    def current(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The values for the weights as they are now; ``inputs`` holds weights where Dynamo passes them in."""
+        sources = [inputs[at] if isinstance(at, int) else at for at in self._at]
+        state = tuple((s.data_ptr(), 0 if s.is_inference() else s._version) for s in sources)
+        if state != self._state or any(s.is_inference() for s in sources):
+            with torch.no_grad():
+                self._values = self._function(*sources)
+            self._state = state
+        return self._values
+
+
+def attribute(module: torch.nn.Module, target: str) -> Tensor:
+    """The tensor behind a get_attr node."""
+    value: Any = module
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _behind(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The nodes and everything that they depend on."""
+    found: dict[fx.Node, None] = {}
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found[node] = None
+            stack += node.all_input_nodes
+    return list(found)
+
+
+def assemble(graph: OpGraph, plan: FusionPlan) -> Program:
+    """The callable of a plan. A segment of another layer that is not the same computation as the tuned one is compiled anew.
+
+    Raises what a template raises where it cannot build a segment.
+    """
+    old = graph.graph_module.graph
+    new, env = fx.Graph(), {}
+    module = torch.nn.Module()
+    for node in old.nodes:
+        if node.op == "placeholder":
+            env[node] = new.placeholder(node.name)
+    active = [node for op in graph.ops for node in op.nodes]
+    read = dict.fromkeys(a for node in (*active, old.output_node()) for a in node.all_input_nodes)
+    weights = [n for n in read if n.op == "get_attr"]
+    constant_set = set(graph.constants)
+    needed = [n for n in read if n in constant_set]
+    for node in (*weights, *needed):
+        env[node] = new.placeholder(f"w_{node.name}")
+    runs: dict[tuple[str, Choice], str] = {}
+    for block in plan.blocks:
+        for layer in range(block.count):
+            first = block.start + layer * block.period
+            for part, choice in zip(block.scheme.segments, block.choices, strict=True):
+                _emit(graph, new, env, module, runs, range(first + part.start, first + part.stop), choice)
+    outputs = fx.map_arg(old.output_node().args[0], lambda n: _fresh(new, env, n, constant_set))
+    new.output(outputs)
+    new.lint()
+    return Program(
+        fx.GraphModule(module, new),
+        [attribute(graph.graph_module, n.target) for n in weights],
+        Constants(graph, needed),
+    )
+
+
+def _emit(
+    graph: OpGraph,
+    new: fx.Graph,
+    env: dict[fx.Node, fx.Node],
+    module: torch.nn.Module,
+    runs: dict[tuple[str, Choice], str],
+    indices: range,
+    choice: Choice,
+) -> None:
+    """Append one segment: its operators one by one, or a call of what its template built."""
+    if choice.template == "eager":
+        for i in indices:
+            for node in graph.ops[i].nodes:
+                env[node] = new.node_copy(node, env.__getitem__)
+        return
+    segment = cut(graph, indices)
+    at = (segment.key, Choice(choice.template, choice.setting))
+    if at not in runs:
+        runs[at] = f"segment_{len(runs)}"
+        setattr(module, runs[at], Fused(TEMPLATES[choice.template].build(segment, choice.setting)))
+    call = new.call_module(runs[at], tuple(env[n] for n in segment.sources))
+    for i, result in enumerate(segment.results):
+        env[result] = new.call_method("__getitem__", (call, i))
+
+
+class Fused(torch.nn.Module):
+    """A compiled segment as a module, so that a graph can call it by name."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run = run
+        self.forward = run  # called without a frame in between
+
+
+def _fresh(new: fx.Graph, env: dict[fx.Node, fx.Node], node: fx.Node, constants: set[fx.Node]) -> fx.Node:
+    """An output; what depends on weights only is kept between calls, so the caller gets a copy."""
+    base = node
+    while base.op == "call_function" and base.target in VIEWS:
+        base = base.args[0]
+    if node in constants or base in constants:
+        return new.call_function(torch.ops.aten.clone.default, (env[node],))
+    return env[node]
