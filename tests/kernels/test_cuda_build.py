@@ -6,7 +6,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -18,10 +20,12 @@ from stof_kernels.kernels.build import (
     TARGETS,
     BuildError,
     cuda_target,
+    digest,
     nvcc,
     source_digest,
     target_of,
 )
+from stof_kernels.kernels.loader import find
 
 CUDA_TARGETS = ("sm_80", "sm_89", "sm_90a")
 # Opt-in shared memory of a block; sm_80's library also runs on cards of 8.6, which have as little as sm_89.
@@ -63,8 +67,6 @@ def test_targets_have_digests_of_their_own():
 
 
 def test_without_nvcc_one_line_says_how_to_get_it(monkeypatch, tmp_path):
-    from stof_kernels.kernels.build import digest
-
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(BuildError, match="not found; install the CUDA toolkit, pip install nvidia-cuda-nvcc") as caught:
         digest("sm_80")
@@ -99,3 +101,31 @@ def test_main_tiles_do_not_spill(target, tmp_path):
     assert all(spills for _, spills in reports)
     spilling = {name: spills for name, spills in reports if any(pair != ("0", "0") for pair in spills)}
     assert not spilling
+
+
+PORTABLE = """
+import torch
+from stof_kernels.kernels import loader, raw
+raw.load()
+loader.load("sm_80")
+raw._cuda_ready = True
+import test_cuda_attention as checks
+for dim in (64, 128, 256):
+    q, k, v = checks.draw(1, 4, 2, 150, 700, dim, torch.float16)
+    keep = torch.rand(1, 1, 150, 700, device="cuda") < 0.3
+    expected = checks.reference(q, k, v, keep)
+    for kernel in checks.KERNELS:
+        if checks.exists(kernel, dim):
+            checks.assert_right(checks.attend(q, k, v, keep, kernel), expected, torch.float16)
+print("right")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_the_oldest_target_runs_on_newer_cards():
+    """Its portable code is compiled by the driver; tiles are those of a card with little shared memory."""
+    if find("sm_80") is None and shutil.which(shlex.split(nvcc())[0]) is None:
+        pytest.skip("no sm_80 library and no nvcc")
+    run = subprocess.run([sys.executable, "-c", PORTABLE], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.stdout.strip() == "right", run.stderr
