@@ -27,8 +27,18 @@ experiments:
       cpu: [{batch: 1, seq_len: [32, 48]}]
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  planner:
+    heads: 2
+    head_dim: 16
+    masks: [causal]
+    methods: [stof]
+    sizes:
+      cpu: [{batch: 1, seq_len: [32]}]
+    scatter: [{block: 1, fill: [0.1]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
 """
-"""Two methods that run on a CPU and one that does not, four cells each."""
+"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells."""
 
 
 @dataclass(frozen=True)
