@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from ..kernels import raw
-from ..planner import BLOCK_WISE, KernelConfig
+from ..planner import BLOCK_WISE, KernelConfig, TileStats
 
 if TYPE_CHECKING:
     from .sparse_mask import SparseMask
+
+TILE_KEYS = 64
+"""Keys of a packed tile of the CUDA block-wise kernel: four runs of 16."""
+Q_TILES = (64, 128)
+"""Its query tiles."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +51,28 @@ def derive(mask: SparseMask, config: KernelConfig, copies: int) -> Layout:
         words[3] = config.shape
         return Layout(ptr, col, slot, bits, words)
     # A packed tile of four runs holds at least one cell, and no more tiles exist than the matrix has.
-    strips, cols = -(-mask.q_len // config.q_tile), -(-mask.kv_len // 64)
+    strips, cols = -(-mask.q_len // config.q_tile), -(-mask.kv_len // TILE_KEYS)
     tiles = min(mask.capacity, planes * strips * cols)
     buffers = raw.empty_layout(mask.strip_ptr, mask.q_len, planes, *request[3:], tiles)
     words = torch.tensor((*config.words, -1, -1, -1, 0), dtype=torch.int64)
     layout = Layout(*buffers, words)
     refresh(mask, layout, config, copies)
     return layout
+
+
+def tile_stats(mask: SparseMask) -> tuple[TileStats, ...]:
+    """Key tiles of the mask for each query tile that a CUDA kernel has; of full buffers where the capacity is fixed."""
+    planes, found = mask.batch * mask.heads, []
+    for q_tile in Q_TILES:
+        rows = planes * -(-mask.q_len // q_tile)
+        if mask.fixed:
+            most = -(-mask.kv_len // TILE_KEYS)
+            found.append(TileStats(q_tile, min(mask.capacity, rows * most), most))
+            continue
+        ptr, *_ = raw.build_layout(*mask.lists.tensors, mask.q_len, mask.kv_len, planes, q_tile, 0, 1)
+        header = ptr[:8].tolist()  # {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
+        found.append(TileStats(q_tile, header[3], header[5]))
+    return tuple(found)
 
 
 def refresh(mask: SparseMask, layout: Layout, config: KernelConfig, copies: int) -> None:

@@ -14,7 +14,7 @@ from . import cells
 from .arguments import buffer_sizes, check_sizes, four_dims
 from .cells import CellLists
 from .device import device_spec
-from .layout import Layout, derive, refresh
+from .layout import Layout, derive, refresh, tile_stats
 
 _TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts")
 
@@ -271,14 +271,16 @@ class SparseMask:
         plans come from shape and capacity alone.
         """
         if "stats" not in self._cache:
-            strips, cols = self.batch * self.heads * cells.n_strips(self.q_len), cells.n_cols(self.kv_len)
+            planes = self.batch * self.heads
+            strips, cols = planes * cells.n_strips(self.q_len), cells.n_cols(self.kv_len)
             if self.fixed:
                 n = min(self.capacity, strips * cols)
-                self._cache["stats"] = MaskStats(n, n, n * cells.CELL**2, strips, cols, self.batch * self.heads)
+                listed, partial, kept = n, n, n * cells.CELL**2
             else:
                 listed, _, kept, _ = self.counts.tolist()
                 partial = int((self.cell_slot[:listed] >= 0).sum())
-                self._cache["stats"] = MaskStats(listed, partial, kept, strips, cols, self.batch * self.heads)
+            tiles = tile_stats(self) if self.device.type == "cuda" else ()
+            self._cache["stats"] = MaskStats(listed, partial, kept, strips, cols, planes, tiles)
         return self._cache["stats"]
 
     @property
@@ -306,25 +308,24 @@ class SparseMask:
         key = ("layout", config, *_problem_key(q, k))
         layout = self._cache.get(key)
         if layout is None:
+            self._refuse_capture()
             config = config or self.plan_for(q, k).config
             copies = max(1, q.shape[0] * q.shape[1] // (self.batch * self.heads))
             layout = self._layouts.get((config, copies))
             if layout is None:
-                layout = self._derive(config, copies)
+                layout = self._layouts[config, copies] = derive(self, config, copies)
             self._cache[key] = layout
         if self.device.type == "cuda" and not self.fixed and torch.cuda.is_current_stream_capturing():
             self._cache["captured"] = True
         return layout
 
-    def _derive(self, config: KernelConfig, copies: int) -> Layout:
+    def _refuse_capture(self) -> None:
+        """Planning and deriving a layout read from the device, which a graph capture forbids."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"mask {self.name}: its layout for {config} was not derived before this graph capture; "
+                f"mask {self.name}: no layout was derived for this problem before the graph capture; "
                 "call mask.prepare(q, k) before capturing"
             )
-        layout = derive(self, config, copies)
-        self._layouts[config, copies] = layout
-        return layout
 
     def prepare(self, q: Tensor, k: Tensor) -> SparseMask:
         """Plan and derive the layout for q (B, Hq, Lq, D) and k (B, Hkv, Lk, D) now; returns the mask.

@@ -4,7 +4,7 @@ from .config import BLOCK_WISE, ROW_WISE, KernelConfig, candidates, infeasible
 from .cost import predict_us
 from .device import CPU_COSTS, CpuCosts, DeviceSpec, cpu_spec, cuda_spec
 from .policy import POLICIES, Plan, choose, paper_score
-from .problem import CELL, AttentionProblem, MaskStats
+from .problem import CELL, AttentionProblem, MaskStats, TileStats
 
 __all__ = [
     "BLOCK_WISE",
@@ -18,6 +18,7 @@ __all__ = [
     "KernelConfig",
     "MaskStats",
     "Plan",
+    "TileStats",
     "candidates",
     "choose",
     "cpu_spec",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from .config import ROW_WISE, KernelConfig
-from .device import CPU_COSTS, CpuCosts, DeviceSpec
+import math
+
+from .config import ROW_WISE, SHAPES, KernelConfig
+from .device import CPU_COSTS, CUDA_BLOCK_COSTS, CUDA_ROW_COSTS, CpuCosts, DeviceSpec
 from .problem import CELL, AttentionProblem
 
 
 def predict_us(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem) -> float:
-    """Predicted microseconds of one call; see `CpuCosts` for where the unit costs come from."""
+    """Predicted microseconds of one call; device.py says where the unit costs come from."""
+    if device.kind == "cuda":
+        return _cuda_us(config, device, problem)
     costs = CPU_COSTS[problem.dtype]
     work = _row_wise_ns(costs, problem) if config.kernel == ROW_WISE else _block_wise_ns(costs, problem)
     # Strips are dealt to threads one by one, so the longest possible imbalance is one average strip.
@@ -30,3 +34,36 @@ def _block_wise_ns(costs: CpuCosts, problem: AttentionProblem) -> float:
     ns = stats.cells * (costs.block_cell + costs.block_cell_dim * dim) + stats.partial * costs.block_partial
     packed = problem.batch * problem.kv_heads * problem.kv_len * dim * costs.pack_per_key
     return ns * problem.repeats + packed
+
+
+def _cuda_us(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem) -> float:
+    if config.kernel == ROW_WISE:
+        return _cuda_row_wise_us(device, problem)
+    costs, stats = CUDA_BLOCK_COSTS[SHAPES[config.shape - 1]], problem.mask.tiled(config.q_tile)
+    width = problem.head_dim_padded / 64
+    tiles = stats.key_tiles * problem.repeats
+    items = -(-problem.q_len // config.q_tile) * problem.mask.planes * problem.repeats
+    chunk = _fair_chunk(tiles, items, device.units * _BLOCKS_PER_UNIT)
+    us = costs.launch + tiles / device.units * (costs.tile + costs.tile_dim * width)
+    us += items / device.units * (costs.item + costs.item_dim * width)
+    us += min(stats.longest, chunk) * (costs.chain + costs.chain_dim * width)
+    return us + (costs.combine if stats.longest > chunk else 0.0)
+
+
+# Thread blocks of the block-wise kernel that a multiprocessor holds, and the shortest pieces that the layout builder cuts lists
+# into: csrc/bindings/format_cuda.cpp and csrc/format/cuda/schedule.cu.
+_BLOCKS_PER_UNIT = 4
+_MIN_CHUNK, _MIN_CHUNK_FEW = 8, 16
+
+
+def _fair_chunk(tiles: float, items: float, slots: int) -> int:
+    """Key tiles after which the layout builder cuts a list: half more than a block's fair share."""
+    least = _MIN_CHUNK_FEW if 8 * items <= 3 * slots else _MIN_CHUNK
+    return max(math.ceil(1.5 * tiles / slots), least)
+
+
+def _cuda_row_wise_us(device: DeviceSpec, problem: AttentionProblem) -> float:
+    stats, costs, share = problem.mask, CUDA_ROW_COSTS, problem.repeats / device.units
+    key = costs.key + costs.key_dim * problem.head_dim_padded / 64
+    rows = problem.q_len * stats.planes
+    return costs.launch + share * (rows * costs.row + stats.cells * CELL * costs.look + stats.kept * key)

@@ -30,6 +30,39 @@ class CpuCosts:
 
 
 @dataclass(frozen=True)
+class CudaBlockCosts:
+    """Measured cost of one shape of the CUDA block-wise kernel, microseconds; each step costs ``x + x_dim * D / 64``."""
+
+    launch: float
+    """Once per call."""
+    tile: float
+    tile_dim: float
+    """One key tile on a full multiprocessor."""
+    item: float
+    item_dim: float
+    """One query tile on a full multiprocessor: load Q, write O."""
+    chain: float
+    chain_dim: float
+    """One key tile of the longest list, which is worked through one after the other however empty the device is."""
+    combine: float
+    """Joining lists that were cut and shared between thread blocks."""
+
+
+@dataclass(frozen=True)
+class CudaRowCosts:
+    """Measured cost of the CUDA row-wise kernel on a full multiprocessor, microseconds."""
+
+    launch: float
+    row: float
+    """One query row."""
+    look: float
+    """Looking at one row of one listed cell."""
+    key: float
+    key_dim: float
+    """One kept key: ``key + key_dim * D / 64``."""
+
+
+@dataclass(frozen=True)
 class DeviceSpec:
     """What the planner knows of a device."""
 
@@ -72,6 +105,15 @@ CPU_COSTS = {
         row_key_dim=0.077,
     ),
 }
+
+# Fitted to 765 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.76 and 1.18 of measured. Other
+# cards are sized by their multiprocessors; the ratios between the kernels are assumed to carry over until one is measured.
+CUDA_BLOCK_COSTS = {
+    "wide": CudaBlockCosts(2.679, 0.009, 0.431, 0.0, 0.565, 0.349, 0.249, 0.0),
+    "large": CudaBlockCosts(3.534, 0.045, 0.879, 0.700, 0.433, 0.591, 0.255, 0.0),
+    "split": CudaBlockCosts(3.214, 0.257, 0.300, 1.545, 0.897, 0.0, 0.123, 3.330),
+}
+CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)
 
 _KB = 1024
 _CUDA = (

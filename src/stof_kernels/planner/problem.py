@@ -9,6 +9,16 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
+class TileStats:
+    """A mask packed into key tiles of 64 keys (four runs of 16) for one query tile, summed over its planes."""
+
+    q_tile: int
+    key_tiles: int
+    longest: int
+    """Key tiles of the longest query tile."""
+
+
+@dataclass(frozen=True)
 class MaskStats:
     """Size of a mask in cells of 16 x 16 positions, summed over its planes."""
 
@@ -24,6 +34,12 @@ class MaskStats:
     """Cells along the keys of one strip."""
     planes: int
     """Batch entries times heads that have a mask of their own; 1 where all share one."""
+    tiles: tuple[TileStats, ...] = ()
+    """For each query tile of the CUDA block-wise kernel; empty on the CPU."""
+
+    def tiled(self, q_tile: int) -> TileStats:
+        """Tile statistics for that query tile; KeyError if there are none."""
+        return {t.q_tile: t for t in self.tiles}[q_tile]
 
     def __str__(self) -> str:
         possible = self.strips * self.cols
