@@ -271,6 +271,14 @@ def test_sizes_that_do_not_fit_are_refused():
     assert "does not broadcast" in TEMPLATES["rowwise"].supports(segment)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's limit")
+@triton
+def test_the_interpreters_wrong_bfloat16_is_refused():
+    for case in ("bias", "feed forward", "gelu", "rotation"):
+        segment, _ = segment_of(case, torch.bfloat16)
+        assert "bfloat16" in TEMPLATES[CASES[case][0]].supports(segment)
+
+
 def test_triton_templates_say_why_the_cpu_cannot(monkeypatch):
     segment, _ = segment_of("gelu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -290,9 +298,13 @@ def test_eager_runs_everything(case):
 def test_inductor_compiles_a_segment():
     segment, inputs = segment_of("both results of a residual")
     assert TEMPLATES["inductor"].supports(segment) is None
+    settings = TEMPLATES["inductor"].settings(segment)
     with torch.no_grad():
-        for a, b in zip(TEMPLATES["inductor"].build(segment, ())(*inputs), segment.module(*inputs), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for setting in (settings[0], settings[-1]):
+            for a, b in zip(
+                TEMPLATES["inductor"].build(segment, setting)(*inputs), segment.module(*inputs), strict=True
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_segments_have_one_key_and_different_ones_do_not():

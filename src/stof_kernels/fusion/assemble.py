@@ -12,8 +12,11 @@ from torch import Tensor, fx
 from .capture import VIEWS
 from .graph import OpGraph
 from .plan import Choice, FusionPlan
-from .segments import Run, cut
-from .templates import TEMPLATES
+from .segments import Run, Segment, cut
+from .templates import TEMPLATES, Setting
+
+Built = dict[tuple[str, str, Setting], Run]
+"""Callables by segment key, template and setting."""
 
 
 @dataclass
@@ -83,8 +86,8 @@ def _behind(nodes: list[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def assemble(graph: OpGraph, plan: FusionPlan) -> Program:
-    """The callable of a plan. A segment of another layer that is not the same computation as the tuned one is compiled anew.
+def assemble(graph: OpGraph, plan: FusionPlan, built: Built | None = None) -> Program:
+    """The callable of a plan. What a search has built already is taken as it is, anything else is built now.
 
     Raises what a template raises where it cannot build a segment.
     """
@@ -101,12 +104,16 @@ def assemble(graph: OpGraph, plan: FusionPlan) -> Program:
     needed = [n for n in read if n in constant_set]
     for node in (*weights, *needed):
         env[node] = new.placeholder(f"w_{node.name}")
-    runs: dict[tuple[str, Choice], str] = {}
+    names: dict[tuple[str, str, Setting], str] = {}
     for block in plan.blocks:
         for layer in range(block.count):
             first = block.start + layer * block.period
             for part, choice in zip(block.scheme.segments, block.choices, strict=True):
-                _emit(graph, new, env, module, runs, range(first + part.start, first + part.stop), choice)
+                indices = range(first + part.start, first + part.stop)
+                if choice.template == "eager":
+                    _copy(graph, new, env, indices)
+                else:
+                    _call(cut(graph, indices), choice, new, env, module, names, built or {})
     outputs = fx.map_arg(old.output_node().args[0], lambda n: _fresh(new, env, n, constant_set))
     new.output(outputs)
     new.lint()
@@ -117,27 +124,29 @@ def assemble(graph: OpGraph, plan: FusionPlan) -> Program:
     )
 
 
-def _emit(
-    graph: OpGraph,
+def _copy(graph: OpGraph, new: fx.Graph, env: dict[fx.Node, fx.Node], indices: range) -> None:
+    """Append the operators of a segment one by one."""
+    for i in indices:
+        for node in graph.ops[i].nodes:
+            env[node] = new.node_copy(node, env.__getitem__)
+
+
+def _call(
+    segment: Segment,
+    choice: Choice,
     new: fx.Graph,
     env: dict[fx.Node, fx.Node],
     module: torch.nn.Module,
-    runs: dict[tuple[str, Choice], str],
-    indices: range,
-    choice: Choice,
+    names: dict[tuple[str, str, Setting], str],
+    built: Built,
 ) -> None:
-    """Append one segment: its operators one by one, or a call of what its template built."""
-    if choice.template == "eager":
-        for i in indices:
-            for node in graph.ops[i].nodes:
-                env[node] = new.node_copy(node, env.__getitem__)
-        return
-    segment = cut(graph, indices)
-    at = (segment.key, Choice(choice.template, choice.setting))
-    if at not in runs:
-        runs[at] = f"segment_{len(runs)}"
-        setattr(module, runs[at], Fused(TEMPLATES[choice.template].build(segment, choice.setting)))
-    call = new.call_module(runs[at], tuple(env[n] for n in segment.sources))
+    """Append one call of what a template built for a segment; equal segments of other layers share it."""
+    key = (segment.key, choice.template, choice.setting)
+    if key not in names:
+        names[key] = f"segment_{len(names)}"
+        run = built.get(key) or TEMPLATES[choice.template].build(segment, choice.setting)
+        setattr(module, names[key], Fused(run))
+    call = new.call_module(names[key], tuple(env[n] for n in segment.sources))
     for i, result in enumerate(segment.results):
         env[result] = new.call_method("__getitem__", (call, i))
 

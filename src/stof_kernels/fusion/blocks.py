@@ -39,8 +39,8 @@ def split(graph: OpGraph) -> list[Block]:
     return blocks
 
 
-def start_scheme(graph: OpGraph, block: Block) -> FusionScheme:
-    """Where a search starts: frequent runs of memory-intensive operators are one segment, and rules.
+def start_schemes(graph: OpGraph, block: Block) -> list[FusionScheme]:
+    """Where a search starts: first frequent runs of memory-intensive operators as one segment each, then rules on top.
 
     A run is frequent if its structure occurs at least twice in the graph. The rule of STOF's paper: with few rows a chain
     product - elementwise - product is fused first.
@@ -53,13 +53,14 @@ def start_scheme(graph: OpGraph, block: Block) -> FusionScheme:
     for run in _memory_runs(kinds):
         if frequent[tuple(keys[block.start + i] for i in run)] >= 2:
             joined |= set(run[1:])
+    found = [joined]
     if _rows(graph, block) <= _FEW_ROWS:
         for run in _memory_runs(kinds):
             chain = range(run[0] - 1, run[-1] + 2)
             if chain[0] >= 0 and chain[-1] < len(ops) and _is_chain(ops, chain):
-                joined |= set(chain[1:])
-    scheme = FusionScheme.from_boundaries([i for i in range(1, len(ops)) if i not in joined], len(ops))
-    return scheme if scheme.illegal(kinds) is None else FusionScheme.unfused(len(ops))
+                found.append(found[-1] | set(chain[1:]))
+    schemes = [FusionScheme.from_boundaries([i for i in range(1, len(ops)) if i not in j], len(ops)) for j in found]
+    return [scheme for scheme in dict.fromkeys(schemes) if scheme.illegal(kinds) is None]
 
 
 def _memory_runs(kinds: list[Kind]) -> list[list[int]]:

@@ -63,12 +63,16 @@ class Meter(Protocol):
 
 
 class DeviceMeter:
-    """Costs measured on the device that the tensors are on, with the values that the model really has there."""
+    """Costs measured on the device that the tensors are on, with the values that the model really has there.
+
+    ``built`` keeps what was built for `assemble`, ``refused`` says why candidates were none.
+    """
 
     def __init__(self, graph: OpGraph, values: dict[fx.Node, Tensor], clock: Clock):
         self._graph, self._values, self._clock = graph, values, clock
         self._compile_s = _FIRST_COMPILE_S
         self.refused: dict[str, str] = {}
+        self.built: dict[tuple[str, str, Setting], Run] = {}
 
     def cost(self, segment: Segment, template: str, setting: Setting) -> float:
         """Build, compare with the segment's own result, time. Raises `OutOfTime` before what would not fit the budget."""
@@ -86,6 +90,7 @@ class DeviceMeter:
             with self._clock.on("measuring"), torch.no_grad():
                 wrong = disagreement(produced, segment.module(*inputs)) if template != "eager" else None
                 if wrong is None:
+                    self.built[segment.key, template, setting] = run
                     return time_us(run, inputs, segment.device)
         except torch.OutOfMemoryError:
             wrong = "out of memory"

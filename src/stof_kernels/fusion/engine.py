@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import blocks, cache
-from .assemble import Program, assemble
+from .assemble import Built, Program, assemble
 from .capture import Captured, CaptureError, capture, capture_graph
 from .costs import Clock, DeviceMeter, time_us
 from .graph import OpGraph, build
@@ -118,7 +118,8 @@ def optimize(
     try:
         captured = capture(model, args, kwargs)
         with clock.on("planning"):
-            flat = captured.signature.tensors(args, kwargs)
+            captured.signature.plan_masks(args, kwargs)
+        flat = captured.signature.tensors(args, kwargs)
         with torch.no_grad():
             program, plan = tune(
                 captured, flat, settings, clock, use_cache, _line(progress), lambda: model(*args, **kwargs)
@@ -182,12 +183,12 @@ def tune(
     plan = cache.load(depends) if use_cache else None
     if plan is not None and not _covers(graph, plan):
         plan = None
-    fresh = plan is None
+    fresh, built = plan is None, {}
     if fresh:
-        plan = search(graph, flat, settings, clock, progress)
+        plan, built = search(graph, flat, settings, clock, progress)
     program = None
     if plan.use == "plan":
-        program, plan = _accept(graph, plan, flat, reference if fresh else None)
+        program, plan = _accept(graph, plan, built, flat, reference if fresh else None)
     if fresh and use_cache:
         cache.store(depends, plan)
     return program, plan
@@ -195,8 +196,8 @@ def tune(
 
 def search(
     graph: OpGraph, flat: list[Tensor], settings: SearchSettings, clock: Clock, progress: Progress = lambda line: None
-) -> FusionPlan:
-    """A new search over a graph, with costs measured on the tensors that these inputs lead to."""
+) -> tuple[FusionPlan, Built]:
+    """A new search over a graph, with costs measured on the tensors that these inputs lead to, and what it built."""
     parts = blocks.split(graph)
     values = record(graph, parts, flat)
     meter = DeviceMeter(graph, values, clock)
@@ -204,7 +205,7 @@ def search(
     plan.counts["refused"] = len(meter.refused)
     for what, why in meter.refused.items():
         progress(f"refused: {what}: {why}")
-    return plan
+    return plan, meter.built
 
 
 def record(graph: OpGraph, parts: list[blocks.Block], flat: list[Tensor]) -> dict[fx.Node, Tensor]:
@@ -240,12 +241,12 @@ def _covers(graph: OpGraph, plan: FusionPlan) -> bool:
 
 
 def _accept(
-    graph: OpGraph, plan: FusionPlan, flat: list[Tensor], reference: Callable[[], Any] | None
+    graph: OpGraph, plan: FusionPlan, built: Built, flat: list[Tensor], reference: Callable[[], Any] | None
 ) -> tuple[Program | None, FusionPlan]:
     """The plan's program if it is right and not slower than the model, else the reason in the plan."""
     eager = assemble(graph, eager_plan(graph))
     try:
-        program = assemble(graph, plan)
+        program = assemble(graph, plan, built)
         wrong = _difference(program(*flat), eager(*flat))
     except Exception as error:
         # A cached plan may name a compiler that is gone, or memory may not suffice: the eager operators always run.

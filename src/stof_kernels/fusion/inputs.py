@@ -6,7 +6,7 @@ of the same lengths replays the same graph whatever it keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ class Signature:
             elif isinstance(leaf, Tensor):
                 flat.append(leaf)
         return flat
+
+    def plan_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Choose kernels for the call's masks anew, as for masks never seen: what planning costs a first call."""
+        masks = [leaf for leaf in _flatten(args, kwargs)[0] if isinstance(leaf, SparseMask)]
+        for mask, problem in zip(masks, self.problems, strict=True):
+            if problem is not None:
+                replace(mask).layout_for(*problem)
 
     def arguments(self, flat: list[Tensor] | tuple[Tensor, ...]) -> tuple[tuple, dict[str, Any]]:
         """The call that flat tensors stand for, with masks put together again."""

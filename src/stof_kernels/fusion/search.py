@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .blocks import Block, start_scheme
+from .blocks import Block, start_schemes
 from .costs import Clock, Meter, OutOfTime, Space
 from .graph import Kind, OpGraph
 from .moves import moves
@@ -27,12 +27,13 @@ Progress = Callable[[str], None]
 class SearchSettings:
     """``budget_s`` seconds in all; ``samples`` candidates per segment in stage 1; ``round_samples`` per round of stage 2.
 
+    A candidate costs milliseconds on a GPU but seconds of a C++ compiler on the CPU, so ``samples`` 0 means 6 there and 2 here.
     ``gain`` is the share by which a move has to be faster to be kept: what is below is noise. ``templates`` restricts the
     templates (None: all); eager is always there.
     """
 
     budget_s: float = 30.0
-    samples: int = 4
+    samples: int = 0
     round_samples: int = 12
     gain: float = 0.01
     seed: int = 0
@@ -41,8 +42,8 @@ class SearchSettings:
     def __post_init__(self):
         if not self.budget_s >= 0:
             raise ValueError(f"search: budget_s is {self.budget_s}, allowed: seconds >= 0")
-        if self.samples < 1 or self.round_samples < 1:
-            raise ValueError("search: samples and round_samples, allowed: integers >= 1")
+        if self.samples < 0 or self.round_samples < 1:
+            raise ValueError("search: samples is below 0 or round_samples below 1, allowed: integers from there on")
 
     def allows(self, template: str) -> bool:
         """Whether a template may be used."""
@@ -97,19 +98,14 @@ class Search:
         kinds = [self.graph.ops[j].kind for j in block.layer(0)]
         # The unfused scheme is measured first, so that whatever happens later there is something to compare with.
         best = self._evaluate(i, self.schemes[i])
-        for scheme in self._starts(i, kinds):
-            cost = self._evaluate(i, scheme)
-            if cost < best:
+        for scheme in start_schemes(self.graph, block):
+            if self._is_new(i, scheme) and (cost := self._evaluate(i, scheme)) < best:
                 best = self._keep(i, scheme, cost, "start")
         products = [j for j, kind in enumerate(kinds) if kind is Kind.COMPUTE]
         for product in products:
             while (improved := self._step(i, kinds, product, best)) is not None:
                 best = improved
         self.progress(f"block {i + 1}/{len(self.blocks)}: {self.schemes[i]}, {best:.0f} us a layer")
-
-    def _starts(self, i: int, kinds: list[Kind]) -> list[FusionScheme]:
-        scheme = start_scheme(self.graph, self.blocks[i])
-        return [scheme] if self._is_new(i, scheme) else []
 
     def _step(self, i: int, kinds: list[Kind], product: int, best: float) -> float | None:
         """The first move around a product that gains, kept; None if none does."""
@@ -145,7 +141,8 @@ class Search:
         total = 0.0
         for segment in self._segments(i, decoded):
             space = self._space(segment)
-            missing = self.settings.samples - self._tried(space)
+            samples = self.settings.samples or (2 if segment.device.type == "cpu" else 6)
+            missing = samples - self._tried(space)
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
             total += space.best.cost_us if space.best else math.inf

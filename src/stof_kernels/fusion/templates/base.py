@@ -49,11 +49,14 @@ def setting(**values: int) -> Setting:
     return tuple(sorted(values.items()))
 
 
-def require_triton(device: torch.device) -> None:
-    """Raises `Unsupported` unless Triton can run kernels for this device (its interpreter runs them on the CPU)."""
+def require_triton(segment: Segment) -> None:
+    """Raises `Unsupported` unless Triton can run kernels for the segment; its interpreter runs them on the CPU."""
     if importlib.util.find_spec("triton") is None:
         raise Unsupported("triton is not installed")
     import triton
 
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise Unsupported(f"triton needs a CUDA device, the segment is on {device.type}")
+    interpreted = triton.knobs.runtime.interpret
+    if segment.device.type != "cuda" and not interpreted:
+        raise Unsupported(f"triton needs a CUDA device, the segment is on {segment.device.type}")
+    if interpreted and any(node.meta["val"].dtype == torch.bfloat16 for node in segment.placeholders):
+        raise Unsupported("triton's interpreter rounds bfloat16 wrongly")

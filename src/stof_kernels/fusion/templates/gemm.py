@@ -86,7 +86,7 @@ class Gemm(Template):
 
     def check(self, segment: Segment) -> None:
         """Raises `Unsupported` unless the segment is one linear operator followed by memory-intensive ones."""
-        require_triton(segment.device)
+        require_triton(segment)
         self.program(segment)
 
     def program(self, segment: Segment) -> GemmProgram:

@@ -69,7 +69,7 @@ class GemmGemm(Template):
 
     def check(self, segment: Segment) -> None:
         """Raises `Unsupported` unless the segment is linear, elementwise operators, linear, memory-intensive operators."""
-        require_triton(segment.device)
+        require_triton(segment)
         self.program(segment)
 
     def program(self, segment: Segment) -> ChainProgram:

@@ -8,7 +8,7 @@ import torch
 
 from ..graph import Kind
 from ..segments import Run, Segment, example_inputs
-from .base import Setting, Template, Unsupported
+from .base import Setting, Template, Unsupported, setting
 
 
 class Inductor(Template):
@@ -23,11 +23,32 @@ class Inductor(Template):
         if all(kind is Kind.COMPUTE for kind in segment.kinds) and len(segment.ops) == 1:
             raise Unsupported("a matrix product alone has nothing to fuse")
 
+    def settings(self, segment: Segment) -> list[Setting]:
+        """Inductor's own defaults, then other sizes of a thread's share and of a vector (CPU), or its autotuners (CUDA)."""
+        if segment.device.type == "cuda":
+            return [setting(descent=d, autotune=a) for a in (0, 1) for d in (0, 1)]
+        return [setting(chunk=c, simd=s) for s in (0, 256) for c in (512, 64, 4096)]
+
     def build(self, segment: Segment, setting: Setting) -> Run:
         """Compiles now, for the shapes, dtypes and strides of the segment's inputs."""
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
         # The compiler edits the graph it is given.
         module = copy.deepcopy(segment.module)
-        with torch.no_grad():
+        with torch.no_grad(), config.patch(_options(dict(setting))):
             return compile_fx(module, example_inputs(segment))
+
+
+def _options(values: dict[str, int]) -> dict[str, object]:
+    """Inductor's configuration for a setting."""
+    options: dict[str, object] = {}
+    if "chunk" in values:
+        options["cpp.min_chunk_size"] = values["chunk"]
+    if values.get("simd"):
+        options["cpp.simdlen"] = values["simd"]
+    if "descent" in values:
+        options["coordinate_descent_tuning"] = bool(values["descent"])
+    if "autotune" in values:
+        options["max_autotune_pointwise"] = options["max_autotune_gemm"] = bool(values["autotune"])
+    return options

@@ -53,7 +53,7 @@ class Rotary(Template):
 
     def check(self, segment: Segment) -> None:
         """Raises `Unsupported` unless every operator is a rotation whose channels lie side by side."""
-        require_triton(segment.device)
+        require_triton(segment)
         self.rotations(segment)
 
     def rotations(self, segment: Segment) -> list[Rotation]:

@@ -34,7 +34,7 @@ class Rowwise(Template):
 
     def check(self, segment: Segment) -> None:
         """Raises `Unsupported` for other operators than memory-intensive ones with a row-wise form."""
-        require_triton(segment.device)
+        require_triton(segment)
         self.program(segment)
 
     def program(self, segment: Segment) -> RowProgram:
