@@ -27,7 +27,7 @@ def normalized_source(path: Path) -> str:
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 _drop_docstring(node)
-        return ast.dump(tree)
+        return _canonical(tree)
     if path.suffix in _C_SUFFIXES:
         bare = _C_TOKENS.sub(lambda m: " " if m.group().startswith(("//", "/*")) else m.group(), text)
         # Preprocessor lines end at their newline, so only runs of blanks inside a line are folded.
@@ -40,6 +40,20 @@ def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Asyn
     first = node.body[0] if node.body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         node.body = node.body[1:] or [ast.Pass()]
+
+
+def _canonical(node: object) -> str:
+    """A syntax tree as text that is the same under every Python version: fields that hold nothing are left out.
+
+    `ast.dump` writes them, and each version has some that the others lack.
+    """
+    if isinstance(node, ast.AST):
+        fields = ((name, getattr(node, name, None)) for name in node._fields)
+        held = [f"{name}={_canonical(value)}" for name, value in fields if value is not None and value != []]
+        return f"{type(node).__name__}({','.join(held)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    return repr(node)
 
 
 def source_files(names: Iterable[str]) -> list[Path]:
