@@ -1,0 +1,182 @@
+"""Pairs of operators fused or apart, tuned alone or together: the question behind STOF's Figures 3 and 4.
+
+Figure 3 compares the best single kernel of a pair with the best kernels of its two operators. Figure 4 runs the fused kernel
+with the parameters that were best for one operator alone and with those that are best for the pair.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Block
+from .capture import capture
+from .costs import Clock, DeviceMeter, OutOfTime
+from .engine import record
+from .graph import OpGraph, build
+from .plan import Choice
+from .segments import Segment, cut
+from .templates import TEMPLATES, Setting
+
+OPERATORS = ("bias_layernorm", "gemm_layernorm", "gemm_gemm")
+METHODS = ("detached", "fused", "tuned_individually", "tuned_after_fusion")
+SIZES = tuple((batch, seq_len, hidden) for batch in (1, 8) for seq_len in (128, 4096) for hidden in (512, 1024))
+"""(batch, sequence length, hidden) of the eight published sizes, in their order."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One way to run a pair: microseconds that the search saw, or None; ``how`` names the kernels or says why there are none.
+
+    ``run()`` is one call on the pair's input, for a timer to measure.
+    """
+
+    us: float | None
+    how: str
+    run: Callable[[], object] | None = field(default=None, compare=False)
+
+
+Runner = Callable[[Segment, Choice], Callable[[], object]]
+
+
+class _Pair(nn.Module):
+    """The two operators of a pair; LayerNorm is over the hidden dimension, per row."""
+
+    def __init__(self, operator: str, hidden: int, inner: int):
+        super().__init__()
+        self.operator = operator
+        if operator == "bias_layernorm":
+            self.bias = nn.Parameter(torch.empty(hidden))
+        else:
+            sizes = (inner, hidden) if operator == "gemm_layernorm" else (hidden, inner)
+            self.first = nn.Linear(*sizes)
+        self.second = nn.Linear(inner, hidden) if operator == "gemm_gemm" else nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.bias if self.operator == "bias_layernorm" else self.first(x))
+
+
+def pair(
+    operator: str,
+    batch: int,
+    seq_len: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    wide: bool = False,
+) -> tuple[OpGraph, list[Tensor]]:
+    """The captured pair and its input, drawn from ``seed``.
+
+    ``bias_layernorm``: x + bias, LayerNorm. ``gemm_layernorm``: hidden -> hidden (``wide``: 4 hidden -> hidden), LayerNorm.
+    ``gemm_gemm``: hidden -> 4 hidden -> hidden. ValueError for another operator.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"motivation: operator {operator!r}, allowed: {', '.join(OPERATORS)}")
+    inner = 4 * hidden if wide or operator == "gemm_gemm" else hidden
+    generator = torch.Generator().manual_seed(seed)
+    module = _Pair(operator, hidden, inner).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    width = inner if operator == "gemm_layernorm" else hidden
+    x = torch.randn(batch, seq_len, width, generator=generator).to(device, dtype)
+    return build(capture(module.to(device, dtype), (x,))), [x]
+
+
+def measure(
+    graph: OpGraph, inputs: list[Tensor], budget_s: float = 20.0, most: int = 24, seed: int = 0
+) -> dict[str, Outcome]:
+    """All four `METHODS` on a captured pair: up to ``most`` candidates per segment, within about ``budget_s`` seconds.
+
+    Every candidate is compared with the operators one by one before it counts.
+    """
+    values = record(graph, [Block(0, len(graph.ops), 1)], inputs)
+    meter = DeviceMeter(graph, values, Clock(budget_s))
+    parts, whole = [cut(graph, [i]) for i in range(len(graph.ops))], cut(graph, range(len(graph.ops)))
+    *alone, together = [_table(meter, segment, most, seed) for segment in (*parts, whole)]
+    fused = {choice: us for choice, us in together.items() if choice.template != "eager"}
+
+    def runner(segment: Segment, choice: Choice) -> Callable[[], object]:
+        run, tensors = meter.built[segment.key, choice.template, choice.setting], [values[n] for n in segment.sources]
+        return lambda: run(*tensors)
+
+    detached = _detached([_best(table) for table in alone], parts, runner)
+    best = _best(fused)
+    if best is None:
+        none = Outcome(None, _why_not(whole, meter))
+        return {"detached": detached, "fused": none, "tuned_individually": none, "tuned_after_fusion": none}
+    winner = Outcome(best[1], str(best[0]), runner(whole, best[0]))
+    individually = _individually(meter, alone, whole, fused, best[0].template, runner)
+    return {"detached": detached, "fused": winner, "tuned_individually": individually, "tuned_after_fusion": winner}
+
+
+def _table(meter: DeviceMeter, segment: Segment, most: int, seed: int) -> dict[Choice, float]:
+    """Measured microseconds of up to ``most`` candidates, eager and each template's default first."""
+    first, rest = [("eager", ())], []
+    for name, template in TEMPLATES.items():
+        if name != "eager" and template.supports(segment) is None:
+            settings = template.settings(segment)
+            first.append((name, settings[0]))
+            rest += [(name, s) for s in settings[1:]]
+    random.Random(f"{seed} {segment.key}").shuffle(rest)
+    found: dict[Choice, float] = {}
+    for name, setting in (first + rest)[:most]:
+        try:
+            cost = meter.cost(segment, name, setting)
+        except OutOfTime:
+            break
+        if math.isfinite(cost):
+            found[Choice(name, setting)] = cost
+    return found
+
+
+def _best(table: dict[Choice, float]) -> tuple[Choice, float] | None:
+    return min(table.items(), key=lambda item: item[1], default=None)
+
+
+def _detached(bests: list[tuple[Choice, float] | None], parts: list[Segment], runner: Runner) -> Outcome:
+    if any(best is None for best in bests):
+        return Outcome(None, "the budget ran out before every operator was measured")
+    runs = [runner(part, choice) for part, (choice, _) in zip(parts, bests, strict=True)]
+    how = " then ".join(str(choice) for choice, _ in bests)
+    return Outcome(sum(us for _, us in bests), how, lambda: [run() for run in runs][-1])
+
+
+def _why_not(whole: Segment, meter: DeviceMeter) -> str:
+    reasons = [f"{name}: {why}" for name, t in TEMPLATES.items() if (why := t.supports(whole)) is not None]
+    return "; ".join([*meter.refused.values(), *reasons]) or "the budget ran out"
+
+
+def _individually(
+    meter: DeviceMeter,
+    alone: list[dict[Choice, float]],
+    whole: Segment,
+    fused: dict[Choice, float],
+    template: str,
+    runner: Runner,
+) -> Outcome:
+    """The winning fused template with the parameters that were best for one operator alone, the slower one if it has any."""
+    for table in sorted(alone, key=lambda t: -min(t.values(), default=0.0)):
+        own = {choice: us for choice, us in table.items() if choice.template == template}
+        if not own:
+            continue
+        choice = Choice(template, _nearest(min(own, key=own.__getitem__).setting, TEMPLATES[template].settings(whole)))
+        try:
+            us = fused.get(choice) or meter.cost(whole, template, choice.setting)
+        except OutOfTime:
+            return Outcome(None, "the budget ran out")
+        if math.isfinite(us):
+            return Outcome(us, str(choice), runner(whole, choice))
+        return Outcome(None, f"{choice} does not run")
+    return Outcome(None, f"{template} runs neither operator alone, so it has no parameters of one")
+
+
+def _nearest(wanted: Setting, settings: list[Setting]) -> Setting:
+    """The setting that shares most parameters with ``wanted``; what only the fused kernel needs is forced."""
+    return max(settings, key=lambda s: len(set(s) & set(wanted)))
