@@ -305,6 +305,19 @@ def test_importing_the_package_loads_neither_torch_nor_matplotlib() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_fig9_10_names_who_was_not_run(
+    tables: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [replace(row, gpu="h100", source="measured", exact=True, rel_err=1e-4) for row in read_rows(tables["mha"])
+            if row.gpu == "a100" and row.method in ("torch_native", "stof") and row.status == "ok"]  # fmt: skip
+    write_rows(tmp_path / "mha.csv", rows)
+    pages = words_on(monkeypatch)
+    draw("fig9_10", {"mha": tmp_path / "mha.csv"}, [PAGES[2]], tmp_path / "x.pdf", tmp_path / "x.csv")
+    text = " ".join(pages[0])
+    assert "Not run on this GPU yet: PyTorch Compile" in text
+    assert "FlexAttention" in text[text.index("Not run") :]
+
+
 def candidate_rows() -> list[Measurement]:
     """A planner table in which row-wise is better below 10 % kept and the planner errs once."""
     rows = []

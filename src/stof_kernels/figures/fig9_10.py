@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stof_kernels.baselines import registry
 from stof_kernels.benchmarking.measurement import Measurement
 
 from . import FIGURES, GpuPage, bars, captions, cells
@@ -183,8 +184,16 @@ def _caption(page: GpuPage, data: _Data, methods: Sequence[str], metric: str, cl
     absent = [m for m in data.methods if m not in methods]
     if absent:
         notes.append(_no_bar_at_all(data, absent))
+    if not data.published:
+        notes.append(_no_rows_at_all({row.method for row in data.rows}))
     paragraphs += [note for note in notes if note]
     return [*paragraphs, captions.source(page, data.rows)]
+
+
+def _no_rows_at_all(known: set[str]) -> str:
+    """Methods of the experiment that nobody has run on this GPU yet: a reader should know who is not in the comparison."""
+    missing = [spec.label for spec in registry.methods_for("mha") if spec.id not in known]
+    return f"Not run on this GPU yet: {', '.join(missing)}." if missing else ""
 
 
 def _no_bar_at_all(data: _Data, methods: Sequence[str]) -> str:
