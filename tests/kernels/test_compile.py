@@ -8,7 +8,6 @@ import torch
 import stof_kernels as stof
 from stof_kernels.kernels import raw
 
-
 PLAN = torch.full((4,), -1)
 
 
