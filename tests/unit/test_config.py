@@ -130,7 +130,8 @@ def test_recorded_rows_have_a_provenance(tmp_path: Path, provenance: str) -> Non
 def test_page_says_date_stale_methods_and_why_there_are_no_rows(tmp_path: Path) -> None:
     def measured(date: str, names: tuple[str, ...], digest: str) -> str:
         code = {"digest": digest, "parts": {name: code_digest([name]) for name in names}}
-        return json.dumps({"date": date, "machine": {"device": "cpu"}, "code": code})
+        machine = {"device": "cpu", "name": "AMD EPYC", "threads": 2}
+        return json.dumps({"date": date, "machine": machine, "code": code})
 
     current = baselines.get("sdpa").depends_on("cpu")
     tables = [
@@ -139,7 +140,12 @@ def test_page_says_date_stale_methods_and_why_there_are_no_rows(tmp_path: Path) 
         record(tmp_path, "fa2", '{"kind": "published", "date": "2025-08-31"}'),
     ]
     facts = page_facts("a100", "recorded", ("mha",), tables)
-    assert facts == {"date": "2026-01-03", "stale": ("torch_native",), "missing_reason": ""}
+    assert facts == {
+        "date": "2026-01-03",
+        "hardware": "AMD EPYC, 2 threads",
+        "stale": ("torch_native",),
+        "missing_reason": "",
+    }
     absent = page_facts("h200", "recorded", ("mha",), tables)
     assert absent["missing_reason"].startswith("no rows of mha are recorded for h200")
     assert "config.yaml" in page_facts("h200", "measured", ("end_to_end",), tables)["missing_reason"]

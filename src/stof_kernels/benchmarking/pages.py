@@ -11,17 +11,27 @@ from .targets import MEASURED
 
 
 def page_facts(gpu: str, source: str, experiments: Sequence[str], tables: Iterable[Path]) -> dict[str, Any]:
-    """``date``, ``stale`` and ``missing_reason`` of a GPU's page.
+    """``date``, ``hardware``, ``stale`` and ``missing_reason`` of a GPU's page.
 
     ``tables``: files ``.../{gpu}/{experiment}/{method}.csv`` behind the figure, of any GPU, their provenance beside them. The
     date is the newest of this GPU's; stale are its methods whose code has changed since their rows were measured.
     """
     own = [path for path in tables if path.parts[-3] == gpu]
+    origins = [read_provenance(path) for path in own]
     return {
-        "date": max((read_provenance(path).get("date", "") for path in own), default=""),
+        "date": max((origin.get("date", "") for origin in origins), default=""),
+        "hardware": next(filter(None, map(_hardware, origins)), ""),
         "stale": tuple(path.stem for path in own if staleness(path)),
         "missing_reason": "" if own else _why_missing(gpu, source, experiments),
     }
+
+
+def _hardware(origin: dict[str, Any]) -> str:
+    """Processor and threads behind rows of a CPU, which the word CPU does not tell; empty for a card, whose label does."""
+    machine = origin.get("machine", {})
+    if machine.get("device") != "cpu" or "name" not in machine:
+        return ""
+    return f"{machine['name']}, {machine['threads']} threads"
 
 
 def _why_missing(gpu: str, source: str, experiments: Sequence[str]) -> str:

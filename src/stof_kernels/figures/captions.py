@@ -63,7 +63,8 @@ def subtitle(page: GpuPage, rows: Iterable[Measurement]) -> str:
     if not rows:
         return page.label
     kind = "published by the paper's authors" if is_published(rows) else f"{page.source} {page.date}".strip()
-    return f"{page.label}  ·  {kind}"
+    name = f"{page.label} ({page.hardware})" if page.hardware else page.label
+    return f"{name}  ·  {kind}"
 
 
 def no_rows(page: GpuPage, experiment: str, hint: str = "") -> str:
