@@ -98,12 +98,12 @@ def compiled(tmp_path_factory):
     """One model tuned for real: Inductor segments, measured costs."""
     patch = pytest.MonkeyPatch()
     patch.setattr(engine, "time_us", rising_times())
-    patch.setattr(costs, "_FIRST_COMPILE_S", 5.0)
+    patch.setattr(costs, "_FIRST_COMPILE_S", 3.0)
     patch.setenv("STOF_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     stof.kernels.raw.load()
     model = make()
     try:
-        yield model, optimize(model, inputs(), budget_s=9, templates=("inductor",))
+        yield model, optimize(model, inputs(), budget_s=6, templates=("inductor",))
     finally:
         patch.undo()
 

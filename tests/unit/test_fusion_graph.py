@@ -114,6 +114,21 @@ def test_what_cannot_be_captured_is_one_clear_line(module):
     assert "\n" not in str(caught.value)
 
 
+def test_a_result_that_is_no_tensor_and_no_plain_value_is_refused():
+    model = models.build("gpt2", LENGTH, size="tiny")
+    with pytest.raises(CaptureError, match=r"returns a DynamicCache, allowed: .*use_cache=False"):
+        capture(model, (), {**example("gpt2"), "use_cache": True})
+
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return {"out": x + 1, "name": "plain", "none": None, "pair": (x * 2, 3)}
+
+    captured = capture(Plain().eval(), (torch.ones(2),))
+    got = captured.unflatten(captured.graph_module(torch.zeros(2)))
+    assert (got["name"], got["none"], got["pair"][1]) == ("plain", None, 3)
+    assert torch.equal(got["out"], torch.ones(2))
+
+
 def test_in_place_addition_to_a_temporary_becomes_functional():
     class Adds(torch.nn.Module):
         def forward(self, x):
@@ -210,8 +225,9 @@ def test_kinds():
     assert {kinds[n] for n in ("rms_norm", "rope", "silu", "mul", "add")} == {Kind.MEMORY}
 
 
-def test_unfused_attention_is_one_attention_operator():
-    _, found = build_graph("bert_base", attention="eager")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_other_attention_is_one_attention_operator(attention):
+    _, found = build_graph("bert_base", attention=attention)
     assert sum(op.kind is Kind.ATTENTION for op in found.ops) == 2
     assert not any(op.name in ("softmax", "matmul") for op in found.ops)
     assert [r.count for r in repeats.find(found)] == [2]

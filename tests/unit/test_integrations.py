@@ -173,14 +173,16 @@ def test_position_bias_of_t5_matters(pair):
     close(right, run(eager, kwargs))
 
 
-def test_compiles_in_one_graph_and_takes_another_mask_without_recompiling(pair):
-    ours, _ = pair("bert_base")
-    kwargs = models.inputs("bert_base", 1, LENGTH, size="tiny", seed=9)
+@pytest.mark.parametrize("id", ["bert_base", "t5"])
+def test_compiles_in_one_graph_and_takes_another_mask_without_recompiling(id, pair):
+    ours, _ = pair(id)
+    kwargs = models.inputs(id, 1, LENGTH, size="tiny", seed=9)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(ours, fullgraph=True, backend=counter)
     for width in (3, 5, 9):
         mask = stof.SparseMask.from_pattern(stof.masks.sliding_window(width), LENGTH, LENGTH)
+        mask = Masks(mask, mask, mask) if id == "t5" else mask
         close(run(compiled, {**kwargs, "stof_mask": mask}), run(ours, {**kwargs, "stof_mask": mask}))
     assert counter.frame_count == 1
 

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from . import repeats
 from .graph import Kind, OpGraph
+from .repeats import Block
 from .scheme import FusionScheme
 
 _FEW_ROWS = 256  # up to here weights dominate and a chain of products is tried as one kernel first
-
-
-@dataclass(frozen=True)
-class Block:
-    """``count`` equal layers of ``period`` operators from operator ``start`` on."""
-
-    start: int
-    period: int
-    count: int
-
-    def layer(self, i: int) -> range:
-        """Operator indices of layer ``i``."""
-        return range(self.start + i * self.period, self.start + (i + 1) * self.period)
 
 
 def split(graph: OpGraph) -> list[Block]:
@@ -32,7 +19,7 @@ def split(graph: OpGraph) -> list[Block]:
     for repeat in repeats.find(graph):
         if repeat.start > at:
             blocks.append(Block(at, repeat.start - at, 1))
-        blocks.append(Block(repeat.start, repeat.period, repeat.count))
+        blocks.append(repeat)
         at = repeat.stop
     if at < len(graph.ops):
         blocks.append(Block(at, len(graph.ops) - at, 1))

@@ -39,6 +39,10 @@ class Captured:
     weights: frozenset[str] = frozenset()
 
 
+_PLAIN = (type(None), bool, int, float, str)
+"""What may stand beside tensors in a model's result; anything else might hold traced tensors that mean nothing later."""
+
+
 class _Flat(nn.Module):
     """The model with the flat calling convention."""
 
@@ -71,6 +75,12 @@ def capture(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = 
     # export merges leaves that are one tensor into one input, and a later call with two different ones would be wrong.
     leaves = _separate(signature.tensors(args, kwargs))
     graph_module = _export(flat, leaves)
+    for leaf in flat.outputs.constants.values():
+        if not isinstance(leaf, _PLAIN):
+            raise CaptureError(
+                f"capture: the model returns a {type(leaf).__name__}, allowed: tensors and plain values "
+                "(for a cache: use_cache=False)"
+            )
     spec, constants = flat.outputs.spec, flat.outputs.constants
 
     def unflatten(outputs: tuple[Tensor, ...]) -> Any:

@@ -17,8 +17,8 @@ from .graph import Kind, Op, OpGraph
 
 
 @dataclass(frozen=True)
-class Repeat:
-    """``count`` layers of ``period`` operators each, from operator ``start`` on."""
+class Block:
+    """``count`` equal layers of ``period`` operators each, from operator ``start`` on."""
 
     start: int
     period: int
@@ -70,15 +70,15 @@ def describe(node: fx.Node) -> str:
     )
 
 
-def find(graph: OpGraph) -> list[Repeat]:
+def find(graph: OpGraph) -> list[Block]:
     """The repeated layers of a graph, in order; a layer has a matrix product in it."""
     keys = [op_key(op, graph) for op in graph.ops]
-    found: list[Repeat] = []
+    found: list[Block] = []
     _search(graph, keys, 0, len(keys), found)
     return sorted(found, key=lambda r: r.start)
 
 
-def _search(graph: OpGraph, keys: list[str], low: int, high: int, found: list[Repeat]) -> None:
+def _search(graph: OpGraph, keys: list[str], low: int, high: int, found: list[Block]) -> None:
     runs = sorted(_candidates(keys, low, high), key=lambda c: (c[0] - c[1], c[2]))
     repeat = next((turned for run in runs if (turned := _turn(graph, *run)) is not None), None)
     if repeat is None:
@@ -102,7 +102,7 @@ def _candidates(keys: list[str], low: int, high: int) -> list[tuple[int, int, in
     return runs
 
 
-def _turn(graph: OpGraph, start: int, stop: int, period: int) -> Repeat | None:
+def _turn(graph: OpGraph, start: int, stop: int, period: int) -> Block | None:
     """The run as whole layers with equal dataflow, starting where a layer naturally does; None if there is no such turn."""
     ops = graph.ops
     window = range(start, start + period)
@@ -115,9 +115,9 @@ def _turn(graph: OpGraph, start: int, stop: int, period: int) -> Repeat | None:
         if (
             count >= max(2, most - 1)
             and (count == most or most > 2)
-            and _isomorphic(graph, Repeat(first, period, count))
+            and _isomorphic(graph, Block(first, period, count))
         ):
-            return Repeat(first, period, count)
+            return Block(first, period, count)
     return None
 
 
@@ -128,7 +128,7 @@ def _distance_to_attention(ops: list[Op], i: int, period: int) -> tuple[int, int
     return (0 if product else 1, ahead, i)
 
 
-def _isomorphic(graph: OpGraph, repeat: Repeat) -> bool:
+def _isomorphic(graph: OpGraph, repeat: Block) -> bool:
     """Whether every layer reads what the one before reads, one period later, or the same node outside."""
     producer = graph.producer_index()
     outputs = {node: j for op in graph.ops for j, node in enumerate(op.outputs)}
