@@ -13,20 +13,24 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import masks, ops, planner
     from .formats import SparseMask
+    from .fusion import optimize
     from .ops import plan, sparse_attention
 
 _LAZY = {
     "SparseMask": "formats",
     "sparse_attention": "ops",
     "plan": "ops",
+    "optimize": "fusion",
     "masks": None,
     "planner": None,
     "ops": None,
     "kernels": None,
     "formats": None,
+    "fusion": None,
+    "integrations": None,
 }
 
-__all__ = ["SparseMask", "__version__", "masks", "ops", "plan", "planner", "sparse_attention"]
+__all__ = ["SparseMask", "__version__", "masks", "ops", "optimize", "plan", "planner", "sparse_attention"]
 
 
 def __getattr__(name: str) -> object:
