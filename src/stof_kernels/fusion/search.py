@@ -65,6 +65,7 @@ class Search:
     seen: set[tuple[int, int]] = field(default_factory=set)
     counts: dict[str, int] = field(default_factory=lambda: {"schemes": 0, "kept": 0, "candidates": 0, "rounds": 0})
     _cuts: dict[tuple[int, int, int], Segment] = field(default_factory=dict)
+    _sizes: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> FusionPlan:
         """Both stages; out of time, the plan is the best so far."""
@@ -199,9 +200,6 @@ class Search:
             self.spaces[segment.key] = space
             self._sizes[segment.key] = len(space.waiting)
         return self.spaces[segment.key]
-
-    def __post_init__(self):
-        self._sizes: dict[str, int] = {}
 
 
 def reward(shares: dict[str, float], gains: dict[str, float], left: list[str]) -> dict[str, float]:
