@@ -1,7 +1,7 @@
 # make help lists the targets. Everything runs in .venv, which the first target makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := all
-.PHONY: all test lint format record stale duel lock bootstrap help
+.PHONY: all test compile-all lint format record stale duel lock bootstrap help
 
 # Further arguments of snakemake, or of pytest: make all ARGS="--config gpu=4090", make test ARGS="-k format".
 ARGS ?=
@@ -14,6 +14,9 @@ all: bootstrap  ## measure, aggregate and draw everything (ARGS: further argumen
 
 test: bootstrap  ## run the tests (ARGS: further arguments of pytest)
 	@python -m pytest $(ARGS)
+
+compile-all: bootstrap  ## compile the CUDA kernels for every architecture anew; an attention kernel that spills fails
+	@python -m stof_kernels.kernels all
 
 lint: bootstrap  ## check style: ruff, snakefmt, snakemake --lint
 	ruff check $(PYTHON_DIRS)

@@ -14,6 +14,7 @@ import pytest
 
 from stof_kernels import settings
 from stof_kernels.kernels import instances
+from stof_kernels.kernels.__main__ import main, report
 from stof_kernels.kernels.build import (
     CSRC,
     PACKAGE_ROOT,
@@ -129,3 +130,21 @@ def test_the_oldest_target_runs_on_newer_cards():
         pytest.skip("no sm_80 library and no nvcc")
     run = subprocess.run([sys.executable, "-c", PORTABLE], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert run.stdout.strip() == "right", run.stderr
+
+
+def test_report_reads_registers_and_spills_of_each_kernel():
+    log = """
+ptxas info    : Compiling entry function '_Z10block_wiseA' for 'sm_90a'
+ptxas info    : Function properties for _Z10block_wiseA
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers
+ptxas info    : Compiling entry function '_Z8row_wiseB' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers
+"""
+    assert report(log) == [("_Z10block_wiseA", "sm_90a", 128, 16), ("_Z8row_wiseB", "sm_90a", 40, 0)]
+
+
+def test_compiling_an_unknown_target_is_one_line(capsys):
+    assert main(["sm_99"]) == 2
+    assert capsys.readouterr().err == "stof-kernels: no build target 'sm_99'; known are cpu, sm_80, sm_89, sm_90a\n"
