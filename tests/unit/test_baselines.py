@@ -190,7 +190,6 @@ CUDA_METHODS = [s.id for s in all_methods() if "cuda" in s.devices and s.id != "
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", masks.PAPER)
 @pytest.mark.parametrize("name", CUDA_METHODS)
 def test_methods_match_the_reference_on_cuda(name, family):

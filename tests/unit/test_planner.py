@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 
 from stof_kernels import planner
+from stof_kernels.formats import CELL
+from stof_kernels.kernels import instances
 from stof_kernels.planner import AttentionProblem, KernelConfig, MaskStats, choose, cpu_spec, paper_score
+from stof_kernels.provenance import PACKAGE_ROOT
 
 DEVICE = cpu_spec(2)
 
@@ -89,3 +93,15 @@ def test_unknown_policy_and_device_are_refused():
     card = planner.cuda_spec("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 1024, 64)
     assert (card.arch, card.units) == ("sm_80", 108)
     assert planner.cuda_spec("Some new card", (12, 0), 170, 100 * 1024, 48).arch == "sm_120"
+
+
+def test_numbers_that_kernels_and_planner_both_state_agree():
+    def constant(name: str, file: str) -> int:
+        source = (PACKAGE_ROOT / "kernels" / "csrc" / file).read_text()
+        return int(re.search(rf"\b{name} = (\d+)", source)[1])
+
+    assert planner.CELL == CELL
+    assert instances.SHAPES == planner.config.SHAPES
+    assert constant("kMinChunk", "format/cuda/schedule.cu") == planner.cost._MIN_CHUNK
+    assert constant("kMinChunkSplit", "format/cuda/schedule.cu") == planner.cost._MIN_CHUNK_FEW
+    assert constant("kBlocksPerMultiprocessor", "bindings/format_cuda.cpp") == planner.cost._BLOCKS_PER_UNIT

@@ -237,16 +237,21 @@ def test_a_finished_job_leaves_no_journal_and_measures_anew(job):
     assert len(times(job("sdpa")[0])) == 6
 
 
-def test_an_interrupted_job_measures_only_the_rest(job, fake, capsys):
-    measured = []
+def interrupted_at_the_fourth(measured):
+    """A right method that is interrupted, once, at the fourth cell; ``measured`` collects the problems it was asked for."""
 
-    def countdown(problem, tensors):
-        measured.append((problem.pattern.family, problem.batch, problem.q_len))
+    def prepare(problem, tensors):
+        measured.append(problem)
         if len(measured) == 4:
             raise KeyboardInterrupt
         return right(problem, tensors)
 
-    name = fake(countdown)
+    return prepare
+
+
+def test_an_interrupted_job_measures_only_the_rest(job, fake, capsys):
+    measured = []
+    name = fake(interrupted_at_the_fourth(measured))
     with pytest.raises(KeyboardInterrupt):
         job(name)
     assert not (job.folder / "fake.csv").exists()
@@ -270,14 +275,7 @@ def test_an_interrupted_job_measures_only_the_rest(job, fake, capsys):
 )
 def test_changed_settings_start_anew_and_more_cells_do_not(job, fake, change, again):
     measured = []
-
-    def countdown(problem, tensors):
-        measured.append(problem)
-        if len(measured) == 4:
-            raise KeyboardInterrupt
-        return right(problem, tensors)
-
-    name = fake(countdown)
+    name = fake(interrupted_at_the_fourth(measured))
     with pytest.raises(KeyboardInterrupt):
         job(name)
     rows, provenance = job(name, SETTINGS | change)

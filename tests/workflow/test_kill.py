@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,28 +105,28 @@ def test_half_written_table_never_counts(repo) -> None:
     assert len([row for row in read_rows(repo.path / TABLE) if row.metric == "device_time"]) == CELLS
 
 
-def test_two_makes_do_not_run_at_once(repo) -> None:
+@contextmanager
+def measuring(repo, *command: str) -> Iterator[subprocess.Popen]:
+    """The slow measurement under way by ``command``, its first cell finished; killed at the end."""
     (repo.path / "slow.yaml").write_text(SLOW, encoding="utf-8")
-    first = repo.start("workflow/run.sh", "bench_mha", "--configfile", "slow.yaml", start_new_session=True)
+    running = repo.start(*command, "bench_mha", "--configfile", "slow.yaml", start_new_session=True)
     try:
         wait_for_cells(repo, 1)
+        yield running
+        assert running.poll() is None
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+
+def test_two_makes_do_not_run_at_once(repo) -> None:
+    with measuring(repo, "workflow/run.sh"):
         output = repo.run("workflow/run.sh", "bench_mha", "--configfile", "slow.yaml", status=1)
         assert output == "make: another make runs the workflow in this folder; wait for it to end\n"
-        assert first.poll() is None
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
 
 
 def test_make_respects_a_snakemake_that_still_runs(repo) -> None:
-    (repo.path / "slow.yaml").write_text(SLOW, encoding="utf-8")
-    first = repo.start("snakemake", "bench_mha", "--configfile", "slow.yaml", start_new_session=True)
-    try:
-        wait_for_cells(repo, 1)
+    with measuring(repo, "snakemake") as running:
         output = repo.run("workflow/run.sh", "bench_mha", "--configfile", "slow.yaml", status=1)
         assert "Snakemake already runs in this folder" in output
-        assert str(first.pid) in output
-        assert first.poll() is None
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+        assert str(running.pid) in output

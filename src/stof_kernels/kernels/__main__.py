@@ -9,8 +9,7 @@ import re
 import sys
 import time
 
-from .. import settings
-from .build import TARGETS, BuildError, build
+from .build import TARGETS, BuildError, build, build_log
 
 _KERNEL = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -35,8 +34,7 @@ def compile_target(target: str) -> int:
     """Build one target from nothing and print what came of it; returns the number of attention kernels that spill."""
     start = time.monotonic()
     build(target, progress=lambda line: print(line, flush=True), force=True)
-    log = (settings.cache_dir() / "work" / target / "build.log").read_text(encoding="utf-8")
-    kernels = report(log)
+    kernels = report(build_log(target).read_text(encoding="utf-8"))
     attention = [k for k in kernels if "block_wise" in k[0] or "row_wise" in k[0]]
     spilling = [k for k in attention if k[3]]
     for name, arch, registers, spilled in spilling:

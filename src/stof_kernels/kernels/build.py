@@ -225,6 +225,16 @@ def library_dir(target: str = "cpu") -> Path:
     return settings.cache_dir() / "lib" / f"{target}-{digest(target)}"
 
 
+def _work_dir(target: str) -> Path:
+    """Folder that keeps the staged sources and object files of ``target`` from one build to the next."""
+    return settings.cache_dir() / "work" / target
+
+
+def build_log(target: str) -> Path:
+    """What the compiler printed when ``target`` was last compiled."""
+    return _work_dir(target) / "build.log"
+
+
 def is_complete(folder: Path) -> bool:
     """Whether ``folder`` holds a whole library. It is renamed into place as a whole, so this only guards deletions."""
     return (folder / LIBRARY).is_file() and (folder / MANIFEST).is_file()
@@ -243,7 +253,7 @@ def build(target: str = "cpu", *, progress: Callable[[str], object] = print, for
         if force or not is_complete(folder):  # another process may have built it while this one waited
             progress(f"stof-kernels: compiling the {target} kernels, about {target_of(target).seconds} s ...")
             if force:
-                shutil.rmtree(settings.cache_dir() / "work" / target, ignore_errors=True)
+                shutil.rmtree(_work_dir(target), ignore_errors=True)
             _compile(target, folder, lock)
     return folder / LIBRARY
 
@@ -265,7 +275,7 @@ def _lock(path: Path) -> Iterator[int]:
 
 
 def _compile(target: str, folder: Path, lock: int) -> None:
-    work = settings.cache_dir() / "work" / target
+    work = _work_dir(target)
     _stage(target_of(target), work / "csrc")
     (work / "build.ninja").write_text(_ninja_file(target), encoding="utf-8")
     _run_ninja(target, work, lock)
@@ -328,7 +338,7 @@ def _ninja_file(target: str) -> str:
 
 
 def _run_ninja(target: str, work: Path, lock: int) -> None:
-    log = work / "build.log"
+    log = build_log(target)
     command = [ninja(), "-C", str(work), "-j", str(settings.max_build_jobs()), "-v"]
     with log.open("w", encoding="utf-8") as out:
         # ninja holds the lock too: if this process is killed, the next builder waits until its compilers are done.
