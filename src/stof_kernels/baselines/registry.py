@@ -1,4 +1,7 @@
-"""Every method that can be measured, behind one decorator; a method is one file in this folder.
+"""Every method that can be measured, behind one decorator per kind of problem; a method is one file.
+
+What computes attention alone registers here and is a file of this folder; ways to run whole models are files of ``models/``, ways
+to run a pair of operators are in ``pairs.py``. An id may stand in several kinds: it is the same system with the same label.
 
 This module and the discovery import no torch: Snakemake reads ids, labels and dependencies while it parses. A method's
 module imports torch inside its function.
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICES = ("cpu", "cuda")
+ATTENTION = "attention"
+"""The kind of problem that ``@method`` prepares."""
 
 # What every measured number depends on besides its own module: who times it, which inputs it gets, and what the masks are.
 _COMMON = ("benchmarking/timing.py", "baselines/inputs.py", "masks")
@@ -56,6 +61,28 @@ class Problem:
         """Whether several query heads share a key head."""
         return self.heads != self.kv_heads
 
+    def columns(self) -> dict[str, object]:
+        """What a row of measurement says about this problem."""
+        return {
+            "mask": self.pattern.family,
+            "mask_params": mask_params(self.pattern),
+            "batch": self.batch,
+            "seq_len": self.q_len,
+            "kv_len": self.kv_len,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden": self.heads * self.head_dim,
+            "dtype": self.dtype,
+        }
+
+
+def mask_params(pattern: Pattern) -> str:
+    """``w=32;g=32``: the pattern's parameters as a row carries them."""
+    text = str(pattern)
+    inside = text[text.index("(") + 1 : -1] if "(" in text else ""
+    return inside.replace(", ", ";")
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -87,14 +114,15 @@ Prepare = Callable[[Problem, Tensors], Prepared]
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What is known about a method without running it."""
+    """What is known about a method without running it; ``kind`` says what problems ``prepare`` takes."""
 
     id: str
     label: str
     experiments: tuple[str, ...]
-    prepare: Prepare | None
+    prepare: Callable[..., object] | None
     depends: tuple[str, ...]
     devices: tuple[str, ...] = DEVICES
+    kind: str = ATTENTION
     reimplemented: bool = False
     exact_by_design: bool = True
     rank: int = 100
@@ -118,7 +146,7 @@ class MethodSpec:
         return ""
 
 
-_METHODS: dict[str, MethodSpec] = {}
+_METHODS: dict[tuple[str, str], MethodSpec] = {}  # by kind and id
 
 
 def method(
@@ -145,7 +173,7 @@ def method(
     def register(prepare: Prepare) -> Prepare:
         folder, _, module = prepare.__module__.rpartition(".")
         own = (f"baselines/{module}.py",) if folder == __package__ else ()
-        _add(
+        add(
             MethodSpec(
                 id=id,
                 label=label,
@@ -169,43 +197,51 @@ def method(
 
 def absent_method(id: str, *, label: str, experiments: Iterable[str], reason: str, rank: int = 100) -> None:
     """Register a method that this reproduction does not have: its cells are rows with status unsupported and ``reason``."""
-    _add(MethodSpec(id, label, tuple(experiments), None, (f"baselines/{id}.py",), (), rank=rank, absent=reason))
+    depends = (f"baselines/{id}.py",)
+    add(MethodSpec(id, label, tuple(experiments), None, depends, devices=(), rank=rank, absent=reason))
 
 
-def _add(spec: MethodSpec) -> None:
-    if spec.id in _METHODS:
-        raise ValueError(
-            f"method {spec.id!r} is registered twice, by {_METHODS[spec.id].depends[0]} and {spec.depends[0]}"
-        )
-    _METHODS[spec.id] = spec
+def add(spec: MethodSpec) -> None:
+    """Register a method of any kind; ValueError for an id that its kind has already."""
+    if (spec.kind, spec.id) in _METHODS:
+        other = _METHODS[spec.kind, spec.id]
+        raise ValueError(f"method {spec.id!r} is registered twice, by {other.depends[0]} and {spec.depends[0]}")
+    _METHODS[spec.kind, spec.id] = spec
 
 
-def unregister(id: str) -> None:
+def unregister(id: str, kind: str = ATTENTION) -> None:
     """Forget a method, for tests that register one of their own."""
-    _METHODS.pop(id, None)
+    _METHODS.pop((kind, id), None)
 
 
-def discover() -> None:
-    """Import every module of this folder, so that the decorators run; a new file needs no entry anywhere."""
+def discover(kinds: bool = True) -> None:
+    """Import every module of this folder, so that the decorators run; a new file needs no entry anywhere.
+
+    ``kinds``: with those of the folders in it; False leaves it at the methods for attention, which the others take labels from.
+    """
     package = importlib.import_module(__package__)
     for found in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{__package__}.{found.name}")
+        module = importlib.import_module(f"{__package__}.{found.name}")
+        if found.ispkg and kinds:
+            for inner in pkgutil.iter_modules(module.__path__):
+                importlib.import_module(f"{module.__name__}.{inner.name}")
 
 
-def all_methods() -> list[MethodSpec]:
-    """Every method, in the order of tables and legends."""
+def all_methods(kind: str = ATTENTION) -> list[MethodSpec]:
+    """Every method of a kind, in the order of tables and legends; an empty kind means all kinds."""
     discover()
-    return sorted(_METHODS.values(), key=lambda spec: (spec.rank, spec.id))
+    found = [spec for (own, _), spec in _METHODS.items() if kind in ("", own)]
+    return sorted(found, key=lambda spec: (spec.rank, spec.id))
 
 
 def methods_for(experiment: str) -> list[MethodSpec]:
-    """Methods that have rows in ``experiment``, in the order of tables and legends."""
-    return [spec for spec in all_methods() if experiment in spec.experiments]
+    """Methods of any kind that have rows in ``experiment``, in the order of tables and legends."""
+    return [spec for spec in all_methods("") if experiment in spec.experiments]
 
 
-def get(id: str) -> MethodSpec:
-    """The method of that id; ValueError for an unknown one."""
+def get(id: str, kind: str = ATTENTION) -> MethodSpec:
+    """The method of that id as it runs problems of ``kind``; ValueError for an unknown one."""
     discover()
-    if id not in _METHODS:
-        raise ValueError(f"method {id!r} is unknown, allowed: {', '.join(spec.id for spec in all_methods())}")
-    return _METHODS[id]
+    if (kind, id) not in _METHODS:
+        raise ValueError(f"method {id!r} is unknown, allowed: {', '.join(spec.id for spec in all_methods(kind))}")
+    return _METHODS[kind, id]
