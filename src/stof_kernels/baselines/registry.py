@@ -1,7 +1,7 @@
 """Every method that can be measured, behind one decorator per kind of problem; a method is one file.
 
-What computes attention alone registers here and is a file of this folder; ways to run whole models are files of ``models/``, ways
-to run a pair of operators are in ``pairs.py``. An id may stand in several kinds: it is the same system with the same label.
+What computes attention alone registers here and is a file of this folder; ways to run whole models are files of ``models/``,
+ways to run a pair of operators are in ``pairs.py``. An id may stand in several kinds: it is the same system with one label.
 
 This module and the discovery import no torch: Snakemake reads ids, labels and dependencies while it parses. A method's
 module imports torch inside its function.
