@@ -30,7 +30,9 @@ rule bench:
         ),
         code=lambda wildcards: digest_of(
             "bench.py",
-            get_method(wildcards.method).depends_on(MEASURED[wildcards.gpu].device),
+            EXPERIMENTS[wildcards.experiment].depends_of(
+                get_method(wildcards.method), MEASURED[wildcards.gpu].device
+            ),
         ),
     script:
         "../workflow/scripts/bench.py"

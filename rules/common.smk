@@ -115,7 +115,7 @@ def manifests():
 def extension_of(wildcards):
     """Input of a measuring job: the build for its architecture if the method runs compiled code of ours, else nothing."""
     spec, target = get_method(wildcards.method), MEASURED[wildcards.gpu]
-    runs = not spec.why_not(wildcards.experiment, target.device)
+    runs = not EXPERIMENTS[wildcards.experiment].why_not(spec, target.device)
     compiled = any(
         name.startswith("kernels") for name in spec.depends_on(target.device)
     )

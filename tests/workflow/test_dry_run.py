@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stof_kernels import baselines
+from stof_kernels.benchmarking.config import selected_methods
 from stof_kernels.figures import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURED = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["experiments"]
+FILLED = {"experiments": {name: {"methods": "all"} | section for name, section in CONFIGURED.items()}}
 DRAWN = {experiment for figure in FIGURES.values() for experiment in figure.experiments}
-METHODS = {experiment: len(baselines.methods_for(experiment)) for experiment in CONFIGURED}
+METHODS = {experiment: len(selected_methods(FILLED, experiment)) for experiment in CONFIGURED}
 JOBS = sum(METHODS[experiment] for experiment in DRAWN & set(CONFIGURED))
 TABLES = len(DRAWN)
 

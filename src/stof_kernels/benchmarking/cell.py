@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from stof_kernels.baselines import MethodSpec, Prepared, Problem, Unsupported
 
+from . import experiments
 from .experiments import Cell
 from .measurement import Measurement
 from .timing import Budget, HostArm, Timing, device_arm, time_alone, time_arms
@@ -38,30 +39,14 @@ class Measured:
             experiment=self.experiment,
             gpu=self.gpu,
             method=self.method.id,
-            mask=problem.pattern.family,
-            mask_params=mask_params(problem.pattern),
-            batch=problem.batch,
-            seq_len=problem.q_len,
-            kv_len=problem.kv_len,
-            heads=problem.heads,
-            kv_heads=problem.kv_heads,
-            head_dim=problem.head_dim,
-            hidden=problem.heads * problem.head_dim,
-            dtype=problem.dtype,
             metric=metric,
+            **problem.columns(),  # type: ignore[arg-type]
             **values,  # type: ignore[arg-type]
         )
 
     def missing(self, problem: Problem, status: str, note: str, **values: object) -> list[Measurement]:
-        """The one row of a cell that has no time."""
-        return [self.row(problem, "device_time", status=status, note=note, **values)]
-
-
-def mask_params(pattern) -> str:
-    """``w=32;g=32``: the pattern's parameters as a row carries them."""
-    text = str(pattern)
-    inside = text[text.index("(") + 1 : -1] if "(" in text else ""
-    return inside.replace(", ", ";")
+        """The one row of a cell that has no number of the experiment's own metric."""
+        return [self.row(problem, experiments.get(self.experiment).metric, status=status, note=note, **values)]
 
 
 def measure_cell(cell: Cell, job: Measured) -> list[Measurement]:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stof_kernels import masks
-from stof_kernels.baselines import MethodSpec, methods_for
+from stof_kernels.baselines import MethodSpec
 
+from . import experiments as known_experiments
+from .attention_masks import MaskError, parse_mask
 from .measurement import MeasurementError, read_rows
 from .records import RecordError, read_provenance
 
@@ -72,9 +73,9 @@ def check_relations(config: Mapping[str, Any]) -> None:
             ) from None
     for experiment, section in config["experiments"].items():
         where = f"config experiments.{experiment}"
-        _check_known(f"{where}.masks", section["masks"], masks.FAMILIES)
+        _check_masks(where, section["masks"])
         if section["methods"] != ALL:
-            ids = [spec.id for spec in methods_for(experiment)]
+            ids = known_experiments.get(experiment).methods
             named = section["methods"] if isinstance(section["methods"], list) else [section["methods"]]
             _check_known(f"{where}.methods", named, [ALL, *ids] if isinstance(section["methods"], str) else ids)
         for device, timing in section["timing"].items():
@@ -82,7 +83,10 @@ def check_relations(config: Mapping[str, Any]) -> None:
                 least, most = timing["min_samples"], timing["max_samples"]
                 raise ConfigError(f"{where}.timing.{device}: min_samples {least} is above max_samples {most}")
         for device, sizes in section["sizes"].items():
-            _check_once(f"{where}.sizes.{device}", [size["batch"] for size in sizes])
+            for number, size in enumerate(sizes):
+                _check_masks(f"{where}.sizes.{device}.{number}", size.get("masks", ()))
+                _check_heads(f"{where}.sizes.{device}.{number}", section, size)
+            _check_once(f"{where}.sizes.{device}", sizes)
 
 
 def _check_known(where: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -92,10 +96,32 @@ def _check_known(where: str, names: Iterable[str], allowed: Iterable[str]) -> No
             raise ConfigError(f"{where}: {name!r} is unknown, allowed: {', '.join(allowed)}")
 
 
-def _check_once(where: str, batches: list[int]) -> None:
-    for batch in batches:
-        if batches.count(batch) > 1:
-            raise ConfigError(f"{where}: batch {batch} is listed twice, allowed: once, with all its sequence lengths")
+def _check_once(where: str, sizes: Iterable[Mapping[str, Any]]) -> None:
+    seen = []
+    for size in sizes:
+        what = {name: value for name, value in size.items() if name != "seq_len"}
+        if what in seen:
+            own = "" if len(what) == 1 else " with the same heads and masks"
+            batch = size["batch"]
+            raise ConfigError(
+                f"{where}: batch {batch} is listed twice{own}, allowed: once, with all its sequence lengths"
+            )
+        seen.append(what)
+
+
+def _check_masks(where: str, entries: Iterable[Any]) -> None:
+    for entry in entries:
+        try:
+            parse_mask(entry)
+        except MaskError as error:
+            raise ConfigError(f"{where}.masks: {str(error).removeprefix('mask ')}") from None
+
+
+def _check_heads(where: str, section: Mapping[str, Any], size: Mapping[str, Any]) -> None:
+    heads = size.get("heads", section["heads"])
+    kv_heads = size.get("kv_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{where}: kv_heads is {kv_heads}, allowed: a divisor of heads ({heads})")
 
 
 def check_recorded(recorded: Path, gpu: str) -> None:
@@ -121,7 +147,7 @@ def selected_methods(config: Mapping[str, Any], experiment: str) -> list[MethodS
     section = config["experiments"].get(experiment)
     if section is None:
         return []
-    specs = methods_for(experiment)
+    specs = list(known_experiments.get(experiment).specs)
     return specs if section["methods"] == ALL else [spec for spec in specs if spec.id in section["methods"]]
 
 

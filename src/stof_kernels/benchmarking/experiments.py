@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from stof_kernels import masks
-from stof_kernels.baselines import Problem, methods_for
+from stof_kernels.baselines import MethodSpec, Problem, all_methods
+from stof_kernels.baselines.registry import ATTENTION
+
+from .attention_masks import MaskEntry, MaskError, parse_mask
 
 
 class SettingsError(ValueError):
@@ -28,13 +31,21 @@ class Experiment:
     """``cells(settings, device)`` lists what to measure; None where nothing measures this experiment yet.
 
     ``measure`` names the function that turns a cell into rows, ``module:function`` of this package: what times the calls
-    imports torch, and this module does not.
+    imports torch, and this module does not. ``like``: another experiment whose methods are this one's too, with the same
+    reasons where they cannot run; ``only``: those of them that have rows here, all where empty. ``depends``: package-relative
+    code that the numbers of every method depend on here, besides what they depend on everywhere. ``kind``: what problems its
+    methods prepare (`baselines.registry`). ``metric``: the metric of the row that a cell without numbers has.
     """
 
     id: str
     statement: str
     cells: Callable[[dict[str, Any], str], list[Cell]] | None = None
     measure: str = "cell:measure_cell"
+    like: str = ""
+    only: tuple[str, ...] = ()
+    depends: tuple[str, ...] = ()
+    kind: str = ATTENTION
+    metric: str = "device_time"
 
     @property
     def measure_cell(self) -> Callable[[Cell, Any], list[Any]]:
@@ -43,24 +54,55 @@ class Experiment:
         return getattr(importlib.import_module(f".{module}", __package__), function)
 
     @property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """The methods that have rows in it, in the order of tables and legends."""
+        names = {self.id, self.like} - {""}
+        found = (spec for spec in all_methods(self.kind) if names.intersection(spec.experiments))
+        return tuple(spec for spec in found if not self.only or spec.id in self.only)
+
+    @property
     def methods(self) -> tuple[str, ...]:
-        """Ids of the methods that have rows in it, in the order of tables and legends."""
-        return tuple(spec.id for spec in methods_for(self.id))
+        """Ids of `specs`."""
+        return tuple(spec.id for spec in self.specs)
+
+    def why_not(self, spec: MethodSpec, device: str) -> str:
+        """Reason why ``spec`` cannot run here at all, known without importing torch; empty if it may run."""
+        return spec.why_not(self.id, device) or (spec.why_not(self.like, device) if self.like else "")
+
+    def depends_of(self, spec: MethodSpec, device: str) -> tuple[str, ...]:
+        """Package-relative names that the numbers of ``spec`` on ``device`` depend on in this experiment."""
+        return tuple(dict.fromkeys((*spec.depends_on(device), *self.depends)))
 
 
-def cell_key(family: str, batch: int, seq_len: int) -> str:
-    """``causal:1x2048``: mask, batch and length."""
-    return f"{family}:{batch}x{seq_len}"
+@dataclass(frozen=True)
+class Size:
+    """One entry of ``sizes``: a batch, its lengths, and what it has instead of the section's own."""
+
+    batch: int
+    lengths: tuple[int, ...]
+    shape: tuple[tuple[str, int], ...] = ()
+    masks: tuple[MaskEntry, ...] = ()
+
+    @property
+    def heads_key(self) -> str:
+        """``:32/8x128``: query heads, key heads and head dim, where this entry has its own; else empty."""
+        own = dict(self.shape)
+        return f":{own['heads']}/{own['kv_heads']}x{own['head_dim']}" if own else ""
+
+
+def cell_key(mask: str, batch: int, seq_len: int) -> str:
+    """``causal:1x2048``, ``sliding_window(w=64):1x2048``: mask, batch and length."""
+    return f"{mask}:{batch}x{seq_len}"
 
 
 def attention_cells(settings: dict[str, Any], device: str) -> list[Cell]:
     """Masks x sizes. Sizes vary slowest, so that what a method compiles for a size serves all its masks."""
-    shared = _shared(settings)
+    shared, section = _shared(settings), _masks(settings)
     return [
-        _cell(family, batch, seq_len, shared, device)
-        for batch, lengths in _sizes(settings)
-        for seq_len in lengths
-        for family in _masks(settings)
+        _cell(entry, size.batch, seq_len, shared | dict(size.shape), device, size.heads_key)
+        for size in _sizes(settings)
+        for seq_len in size.lengths
+        for entry in size.masks or section
     ]
 
 
@@ -71,24 +113,28 @@ def attention_cell(name: str, settings: dict[str, Any], device: str) -> Cell:
     if family not in masks.FAMILIES or not (batch.isdigit() and seq_len.isdigit() and int(batch) and int(seq_len)):
         families = ", ".join(masks.FAMILIES)
         raise SettingsError(f"cell {name!r}: allowed: MASK:BATCHxLENGTH such as causal:1x2048, masks {families}")
-    return _cell(family, int(batch), int(seq_len), _shared(settings), device)
+    return _cell(MaskEntry(family), int(batch), int(seq_len), _shared(settings), device)
 
 
-def _cell(family: str, batch: int, seq_len: int, shared: dict[str, Any], device: str) -> Cell:
-    pattern = masks.get(family, seq_len)
+def _cell(entry: MaskEntry, batch: int, seq_len: int, shared: dict[str, Any], device: str, heads_key: str = "") -> Cell:
+    try:
+        pattern = entry.at(seq_len, shared["heads"])
+    except MaskError as error:
+        raise SettingsError(f"settings: {error}") from None
     problem = Problem(pattern=pattern, batch=batch, q_len=seq_len, kv_len=seq_len, device=device, **shared)
-    return Cell(cell_key(family, batch, seq_len), problem)
+    return Cell(cell_key(entry.label, batch, seq_len) + heads_key, problem)
 
 
 def planner_cells(settings: dict[str, Any], device: str) -> list[Cell]:
     """Masks x sizes, and for each size random blocks from single positions to large squares (``scatter``)."""
     cells = attention_cells(settings, device)
     shared = _shared(settings)
-    for batch, lengths in _sizes(settings):
-        for seq_len in lengths:
+    for size in _sizes(settings):
+        for seq_len in size.lengths:
             for pattern in _scatter(settings):
-                problem = Problem(pattern, batch, seq_len, seq_len, device=device, **shared)
-                cells.append(Cell(f"scatter_{pattern.block}_{pattern.fill:g}:{batch}x{seq_len}", problem))
+                key = f"scatter_{pattern.block}_{pattern.fill:g}:{size.batch}x{seq_len}{size.heads_key}"
+                own = shared | dict(size.shape)
+                cells.append(Cell(key, Problem(pattern, size.batch, seq_len, seq_len, device=device, **own)))
     return cells
 
 
@@ -102,22 +148,21 @@ def _scatter(settings: dict[str, Any]) -> list[Any]:
 
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
-    heads = _positive(settings, "heads")
-    kv_heads = _positive(settings, "kv_heads") if "kv_heads" in settings else heads
-    if heads % kv_heads:
-        raise SettingsError(f"settings: kv_heads is {kv_heads}, allowed: a divisor of heads ({heads})")
     dtype, seed = settings.get("dtype"), settings.get("seed", 0)
     if dtype not in ("float32", "float16", "bfloat16"):
         raise SettingsError(f"settings: dtype is {dtype!r}, allowed: float32, float16, bfloat16")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SettingsError(f"settings: seed is {seed!r}, allowed: an integer")
-    return {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": _positive(settings, "head_dim"),
-        "dtype": dtype,
-        "seed": seed,
-    }
+    return _shape(settings) | {"dtype": dtype, "seed": seed}
+
+
+def _shape(settings: dict[str, Any]) -> dict[str, int]:
+    """heads, kv_heads (as many where not given) and head_dim."""
+    heads = _positive(settings, "heads")
+    kv_heads = _positive(settings, "kv_heads") if "kv_heads" in settings else heads
+    if heads % kv_heads:
+        raise SettingsError(f"settings: kv_heads is {kv_heads}, allowed: a divisor of heads ({heads})")
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": _positive(settings, "head_dim")}
 
 
 def _positive(settings: dict[str, Any], name: str) -> int:
@@ -127,17 +172,17 @@ def _positive(settings: dict[str, Any], name: str) -> int:
     return value
 
 
-def _masks(settings: dict[str, Any]) -> list[str]:
-    families = settings.get("masks")
-    if not isinstance(families, (list, tuple)) or not families:
-        raise SettingsError(f"settings: masks is {families!r}, allowed: a list of {', '.join(masks.FAMILIES)}")
-    for family in families:
-        if family not in masks.FAMILIES:
-            raise SettingsError(f"settings: mask {family!r} is unknown, allowed: {', '.join(masks.FAMILIES)}")
-    return list(families)
+def _masks(settings: dict[str, Any]) -> tuple[MaskEntry, ...]:
+    found = settings.get("masks")
+    if not isinstance(found, (list, tuple)) or not found:
+        raise SettingsError(f"settings: masks is {found!r}, allowed: a list of {', '.join(masks.FAMILIES)}")
+    try:
+        return tuple(map(parse_mask, found))
+    except MaskError as error:
+        raise SettingsError(f"settings: {error}") from None
 
 
-def _sizes(settings: dict[str, Any]) -> list[tuple[int, list[int]]]:
+def _sizes(settings: dict[str, Any]) -> list[Size]:
     sizes = settings.get("sizes")
     allowed = "allowed: a list of {batch: integer >= 1, seq_len: list of integers >= 1}"
     if not isinstance(sizes, (list, tuple)) or not sizes:
@@ -147,24 +192,69 @@ def _sizes(settings: dict[str, Any]) -> list[tuple[int, list[int]]]:
         lengths = size.get("seq_len") if isinstance(size, dict) else None
         if not isinstance(lengths, (list, tuple)) or not all(type(n) is int and n >= 1 for n in lengths):
             raise SettingsError(f"settings: sizes has {size!r}, {allowed}")
-        groups.append((_positive(size, "batch"), list(lengths)))
+        groups.append(Size(_positive(size, "batch"), tuple(lengths), _own_shape(settings, size), _own_masks(size)))
     return groups
 
 
+def _own_shape(settings: dict[str, Any], size: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The shape of an entry that names any part of it; a number of heads without kv_heads means as many key heads."""
+    own = {name: size[name] for name in ("heads", "kv_heads", "head_dim") if name in size}
+    if not own:
+        return ()
+    shared = {name: settings[name] for name in ("heads", "kv_heads", "head_dim") if name in settings}
+    if "heads" in own:
+        shared.pop("kv_heads", None)
+    return tuple(_shape(shared | own).items())
+
+
+def _own_masks(size: dict[str, Any]) -> tuple[MaskEntry, ...]:
+    return _masks(size) if "masks" in size else ()
+
+
+_FORMS = ("benchmarking/attention_forms.py", "benchmarking/attention_masks.py")
 _ALL = (
     Experiment("mha", "attention alone, the paper's four masks (Figures 9 and 10)", attention_cells),
     Experiment("mha_artifact", "attention alone, the masks that the authors' artifact generates", attention_cells),
-    Experiment("mha_long", "attention alone at lengths of 8k to 64k"),
-    Experiment("mha_bf16", "attention alone in bfloat16"),
-    Experiment("mask_build", "time to build a mask in each method's own form"),
+    Experiment(
+        "mha_long",
+        "attention alone at lengths of 8k to 32k, with wider heads, shared key heads and a mask per head",
+        attention_cells,
+        measure="attention_forms:measure_cell",
+        like="mha",
+        depends=_FORMS,
+    ),
+    Experiment("mha_bf16", "attention alone in bfloat16", attention_cells, like="mha"),
+    Experiment(
+        "mask_build",
+        "time and temporary memory of building a mask in each method's own form",
+        attention_cells,
+        measure="attention_build:measure_cell",
+        like="mha",
+        only=("stof", "sdpa", "flex_attention"),
+        depends=(*_FORMS, "benchmarking/attention_build.py", "benchmarking/attention_memory.py"),
+    ),
     Experiment(
         "planner",
         "regret of the planner's and of the paper's choice against trying every candidate",
         planner_cells,
         measure="candidates:measure_candidates",
     ),
-    Experiment("scaling", "time and memory over sequence length"),
-    Experiment("dynamic_mask", "attention whose mask changes from call to call"),
+    Experiment(
+        "scaling",
+        "time and memory over the kept share and over the length",
+        attention_cells,
+        measure="attention_scaling:measure_cell",
+        like="mha",
+        depends=(*_FORMS, "benchmarking/attention_memory.py", "benchmarking/attention_scaling.py"),
+    ),
+    Experiment(
+        "dynamic_mask",
+        "attention whose mask changes from call to call: building it is part of the call",
+        attention_cells,
+        measure="attention_dynamic:measure_cell",
+        like="mha",
+        depends=(*_FORMS, "benchmarking/attention_dynamic.py"),
+    ),
     Experiment("end_to_end", "whole models, BigBird mask (Figure 11)"),
     Experiment("ablation", "attention alone, fusion alone, both (Figure 12)"),
     Experiment("overhead", "parts of the tuner's own work (Figure 13)"),

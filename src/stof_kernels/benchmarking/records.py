@@ -10,6 +10,7 @@ from typing import Any
 from stof_kernels import baselines, kernels
 from stof_kernels.provenance import code_digest
 
+from .experiments import EXPERIMENTS
 from .measurement import Measurement, MeasurementError, read_rows, write_rows
 from .runner import write_json
 
@@ -54,12 +55,17 @@ def read_provenance(csv: Path) -> dict[str, Any]:
     return value
 
 
-def today_digests(method: str, device: str) -> dict[str, str]:
-    """Digest of each part of the code that ``method``'s numbers on ``device`` depend on; empty for a method that is gone."""
+def today_digests(method: str, device: str, experiment: str = "") -> dict[str, str]:
+    """Digest of each part of the code that ``method``'s numbers on ``device`` depend on, in ``experiment`` if one is named.
+
+    Empty for a method that is gone.
+    """
     try:
-        names = baselines.get(method).depends_on(device)
+        spec = baselines.get(method)
     except ValueError:
         return {}
+    known = EXPERIMENTS.get(experiment)
+    names = known.depends_of(spec, device) if known else spec.depends_on(device)
     return {name: code_digest([name]) for name in names}
 
 
@@ -73,7 +79,7 @@ def staleness(csv: Path) -> Stale | None:
         then, recorded = dict(code["parts"]), str(code["digest"])
     except (KeyError, TypeError, ValueError):
         raise RecordError(f"{provenance_of(csv)}: lacks code or machine, allowed: what a measuring job wrote") from None
-    now = today_digests(csv.stem, device)
+    now = today_digests(csv.stem, device, csv.parent.name)
     today = code_digest(now) if now else ""
     changed = sorted(name for name in then | now if then.get(name) != now.get(name))
     if not _same_flags(provenance.get("build")):

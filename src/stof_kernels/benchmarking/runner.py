@@ -52,7 +52,7 @@ def run_job(
     """
     spec, cells = _resolve(experiment, method, settings, device)
     job = Measured(gpu, experiment, spec, Budget.from_settings(settings.get("timing", {})))
-    why_not = spec.why_not(experiment, device)
+    why_not = experiments.get(experiment).why_not(spec, device)
     if why_not:
         about = environment.new_run()
         facts = _facts(job, settings, {"device": device})
@@ -77,7 +77,7 @@ def _resolve(experiment: str, method: str, settings: dict[str, Any], device: str
     if known.cells is None:
         runnable = ", ".join(e.id for e in experiments.EXPERIMENTS.values() if e.cells)
         raise JobError(f"experiment {experiment!r} has recorded rows only, allowed to measure: {runnable}")
-    if experiment not in spec.experiments:
+    if method not in known.methods:
         raise JobError(
             f"method {method!r} is not part of experiment {experiment!r}, allowed: {', '.join(known.methods)}"
         )
@@ -124,21 +124,30 @@ def summary(rows: list[Measurement]) -> str:
     regrets = [f"{row.operator} {row.median:.2f}" for row in rows if row.metric == "regret"]
     if regrets:
         return f"regret {', '.join(regrets)}"
+    parts = [row for row in rows if row.operator]
+    if len(parts) > 1:
+        return ", ".join(_part(row) for row in parts)
     by_metric = {row.metric: row for row in rows}
-    time = by_metric["device_time"]
+    time = by_metric.get("device_time", rows[0])
     if time.median is None:
         return f"{time.status}: {time.note}"
-    text = f"{time.median:.1f} us ({time.p20:.1f}-{time.p80:.1f}, n={time.samples})"
-    text += "" if time.exact else " without the mask"
+    text = f"{time.median:.1f} {time.unit} ({time.p20:.1f}-{time.p80:.1f}, n={time.samples})"
+    text += " without the mask" if time.exact is False else ""
     if "control_time" in by_metric:
         text += f", control {by_metric['control_time'].median:.1f} us"
     return text if time.rel_err is None else f"{text}, rel_err {time.rel_err:.1e}"
 
 
+def _part(row: Measurement) -> str:
+    """One of several things that a cell measures, named by its operator."""
+    found = row.status if row.median is None else f"{row.median:.4g} {row.unit}"
+    return f"{row.operator} {row.metric} {found}"
+
+
 def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     """Everything that the provenance file says about how the numbers came about."""
     spec = job.method
-    depends = spec.depends_on(machine["device"])
+    depends = experiments.get(job.experiment).depends_of(spec, machine["device"])
     return {
         "kind": "measured",
         "experiment": job.experiment,
