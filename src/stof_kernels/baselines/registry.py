@@ -215,16 +215,18 @@ def unregister(id: str, kind: str = ATTENTION) -> None:
 
 
 def discover(kinds: bool = True) -> None:
-    """Import every module of this folder, so that the decorators run; a new file needs no entry anywhere.
+    """Import every module of this folder and of ``models/``, so that the decorators run; a new file needs no entry anywhere.
 
-    ``kinds``: with those of the folders in it; False leaves it at the methods for attention, which the others take labels from.
+    ``kinds`` False leaves it at this folder's: the methods for attention, which the others take labels from.
     """
     package = importlib.import_module(__package__)
     for found in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{__package__}.{found.name}")
-        if found.ispkg and kinds:
-            for inner in pkgutil.iter_modules(module.__path__):
-                importlib.import_module(f"{module.__name__}.{inner.name}")
+        if not found.ispkg:  # folders hold what a method runs, which may import torch
+            importlib.import_module(f"{__package__}.{found.name}")
+    if kinds:
+        models = importlib.import_module(f"{__package__}.models")
+        for found in pkgutil.iter_modules(models.__path__):
+            importlib.import_module(f"{models.__name__}.{found.name}")
 
 
 def all_methods(kind: str = ATTENTION) -> list[MethodSpec]:
@@ -237,6 +239,11 @@ def all_methods(kind: str = ATTENTION) -> list[MethodSpec]:
 def methods_for(experiment: str) -> list[MethodSpec]:
     """Methods of any kind that have rows in ``experiment``, in the order of tables and legends."""
     return [spec for spec in all_methods("") if experiment in spec.experiments]
+
+
+def find(id: str, kind: str = ATTENTION) -> MethodSpec | None:
+    """The method of that id among those registered so far; None if there is none."""
+    return _METHODS.get((kind, id))
 
 
 def get(id: str, kind: str = ATTENTION) -> MethodSpec:
