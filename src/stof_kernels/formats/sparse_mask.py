@@ -49,6 +49,8 @@ class SparseMask:
     fixed: bool = False
     name: str = "mask"
     layout: Layout | None = None
+    calls: dict = field(default_factory=dict, init=False)
+    """Of `sparse_attention`: shapes of q and k it was called with, and what a call like that needs; see ops/."""
     _cache: dict = field(default_factory=dict, init=False)
 
     # ---- constructors ------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ class SparseMask:
                 f"update_: the mask needs {needed[0]} cells ({needed[1]} partial), the buffers hold {held[0]} "
                 f"({held[1]} partial); build with capacity= to leave room"
             )
-        if self._cache.get("captured"):
+        if self._cache.get("captured") or any(int(packed[1]) for packed, *_ in self.calls.values()):
             raise ValueError(
                 "update_: a captured graph holds this mask's sizes; build with capacity= to replay with new masks"
             )
@@ -218,6 +220,7 @@ class SparseMask:
         """Drop what was computed from the content; plans of a fixed mask come from its shape and capacity and stay."""
         if not self.fixed:
             self._cache.clear()
+            self.calls.clear()
 
     @property
     def _layouts(self) -> dict[tuple[KernelConfig, int], Layout]:
@@ -341,6 +344,13 @@ class SparseMask:
         if device == self.device or (device.index is None and device.type == self.device.type):
             return self
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS}, layout=None)
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: the content. What was derived from it points into this mask's memory."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init} | {"layout": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
 
     def __repr__(self) -> str:
         shape = "x".join(str(n) for n in self.shape)

@@ -6,6 +6,8 @@ module does neither.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,46 @@ def sparse_attention(
         return torch.ops.stof.sparse_attention.default(*args)
 
 
+def pack_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor,
+    col: Tensor,
+    slot: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    plan: Tensor,
+    q_len: int,
+    kv_len: int,
+    mask_batch: int,
+    mask_heads: int,
+) -> Tensor:
+    """``torch.ops.stof.pack_call``: a call of `sparse_attention`, checked, as one tensor for ``attend`` and ``attend_lse``.
+
+    The result holds whatever follows from shapes, dtype, device, mask and plan, and keeps the mask's lists alive; their
+    content is read at every call. Word 1 becomes 1 once a CUDA graph has captured it. It is meant for this process only and
+    must not be changed, copied or stored. Raises RuntimeError as `sparse_attention`.
+    """
+    _ready or load()
+    if q.is_cuda:
+        _cuda_ready or load_cuda()
+    args = (q, k, v, ptr, col, slot, bits, counts, plan, q_len, kv_len, mask_batch, mask_heads)
+    return torch.ops.stof.pack_call.default(*args)
+
+
+def repeaters() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """``torch.ops.stof.attend`` and ``attend_lse`` as plain functions of (q, k, v, bias or None, packed, scale).
+
+    They return out, or out and lse, as `sparse_attention` does for the packed call, with nothing to differentiate. Where q, k
+    or v differ from those that were packed in shape, dtype or device (or torch's thread count does, on the CPU) they raise
+    RuntimeError and have done nothing. They have no fake kernels: a recorded graph must not hold a packed call.
+    """
+    _ready or load()
+    # OpOverload.__call__ only forwards to _op; a small call notices the detour.
+    return tuple(getattr(op, "_op", op) for op in (torch.ops.stof.attend.default, torch.ops.stof.attend_lse.default))
+
+
 def build_cells(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.stof.build_cells``: cell lists of a dense bool mask (Bm, Hm, Lq, Lk) of any strides.
 
@@ -159,10 +201,9 @@ def _needs_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
 
 
 def _fake_sparse_attention(q, k, v, bias, ptr, col, slot, bits, counts, plan, q_len, kv_len, *rest):
-    batch, heads, length, dim = q.shape
     return_lse = rest[-1]
-    out = q.new_empty((batch, length, heads, dim)).transpose(1, 2)
-    return out, q.new_empty((batch, heads, length) if return_lse else (0,), dtype=torch.float32)
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
 
 
 def _fake_build_layout(strip_ptr: Tensor, *rest: Tensor | int) -> tuple[Tensor, ...]:

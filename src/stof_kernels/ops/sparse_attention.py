@@ -36,13 +36,38 @@ def sparse_attention(
     (B, Hq, Lq). A row with nothing to attend gives 0 and -inf. Raises TypeError or ValueError naming the argument, what it got
     and what is allowed; backward raises NotImplementedError.
     """
+    if type(mask) is SparseMask and not _is_traced():
+        # A call like an earlier one was checked then. Whatever the short way stumbles over is said by the long one.
+        try:
+            call = mask.calls.get((q.shape, k.shape))
+            if call is not None and not _needs_grad(q, k, v, bias):
+                packed, default_scale, attend, attend_lse = call
+                run = attend_lse if return_lse else attend
+                return run(q, k, v, bias, packed, default_scale if scale is None else scale)
+        except (AttributeError, TypeError, RuntimeError):
+            pass
+    return _first_attention(q, k, v, mask, bias, scale, return_lse)
+
+
+def _first_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SparseMask | Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The long way: every check, and what the next call like this one needs is left on the mask."""
     _check_qkv(q, k, v)
-    mask = _as_mask(mask, q, k)
+    given, mask = mask, _as_mask(mask, q, k)
     if bias is not None:
         bias = _check_bias(bias, q, k)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    ptr, col, slot, bits, plan_words = _layout(mask, q, k).tensors
+    layout = _layout(mask, q, k)
+    default_scale = q.shape[-1] ** -0.5
+    if given is mask and type(q) is type(k) is type(v) is Tensor and not _is_traced():
+        mask.calls[q.shape, k.shape] = _packed(q, k, v, mask, layout), default_scale, *raw.repeaters()
+    ptr, col, slot, bits, plan_words = layout.tensors
     out, lse = raw.sparse_attention(
         q,
         k,
@@ -58,10 +83,28 @@ def sparse_attention(
         mask.kv_len,
         mask.batch,
         mask.heads,
-        float(scale),
+        default_scale if scale is None else float(scale),
         return_lse,
     )
     return (out, lse) if return_lse else out
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, mask: SparseMask, layout: Layout) -> Tensor:
+    """The call but for its tensors, for `raw.repeaters`."""
+    ptr, col, slot, bits, plan_words = layout.tensors
+    sizes = mask.q_len, mask.kv_len, mask.batch, mask.heads
+    return raw.pack_call(q, k, v, ptr, col, slot, bits, mask.counts, plan_words, *sizes)
+
+
+def _is_traced() -> bool:
+    """Whether a graph is being recorded, by torch.compile or a dispatch mode: it must hold tensors, not a packed call."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def plan(q: Tensor, k: Tensor, mask: SparseMask | Tensor, policy: str = "cost") -> Plan:

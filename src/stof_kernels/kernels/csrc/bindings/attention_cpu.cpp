@@ -49,20 +49,18 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t q_l
              kv_len);
 }
 
-// The bias as a full (B, Hq, Lq, Lk) array: a dimension of size 1 gets stride 0.
+// The bias as a full (B, Hq, Lq, Lk) array; broadcast dimensions have stride 0.
 Array4 bias_of(const Tensor& bias, const Tensor& q, int64_t kv_len) {
   const ScalarType dtype = bias.scalar_type();
   STOF_CHECK(dtype == ScalarType::Float || dtype == q.scalar_type(), "sparse_attention: bias has dtype ",
              torch::headeronly::toString(dtype), ", it must be q's or Float");
   const int64_t full[4] = {q.size(0), q.size(1), q.size(2), kv_len};
-  bool fits = bias.dim() == 4;
-  for (int i = 0; fits && i < 4; ++i) fits = bias.size(i) == 1 || bias.size(i) == full[i];
-  STOF_CHECK(fits, "sparse_attention: bias has shape ", shape(bias), ", it must be broadcastable to (",
-             full[0], ", ", full[1], ", ", full[2], ", ", full[3], ") and have 4 dimensions");
-  Array4 a = array_of(bias);
-  for (int i = 0; i < 4; ++i) {
-    if (bias.size(i) == 1) a.stride[i] = 0;
-  }
+  Array4 a;
+  STOF_CHECK(bias.get_device_index() == q.get_device_index() && broadcast_strides(bias, full, a.stride),
+             "sparse_attention: bias has shape ", shape(bias), ", it must be on q's device and broadcastable to (",
+             full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
+  a.data = bias.const_data_ptr();
+  a.element = dtype == ScalarType::BFloat16 ? Element::bf16 : Element::f32;
   return a;
 }
 
@@ -92,9 +90,7 @@ Mask mask_of(const Tensor& q, int64_t kv_len, const Tensor& ptr, const Tensor& c
 }
 
 // [kernel, q_tile, kv_chunk, 0]; -1 leaves the choice to the kernel.
-Plan plan_of(const Problem& p, const Tensor& plan, const int64_t* counts) {
-  check_list("plan", plan, ScalarType::Long, {4});
-  const int64_t* word = static_cast<const int64_t*>(plan.const_data_ptr());
+Plan plan_of(const Problem& p, const int64_t* word, const int64_t* counts) {
   Plan chosen = default_plan(p, counts[0], counts[2]);
   if (word[0] == -1) return chosen;
   STOF_CHECK(word[0] == 0 || word[0] == 1, "sparse_attention: plan[0] is ", word[0],
@@ -119,32 +115,60 @@ Workers torch_threads() {
           }};
 }
 
-std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
-                                            Tensor ptr, Tensor col, Tensor slot, Tensor bits, Tensor counts,
-                                            Tensor plan, int64_t q_len, int64_t kv_len, int64_t mask_batch,
-                                            int64_t mask_heads, double scale, bool return_lse) {
+// A call that was checked, but for its tensors.
+struct Call {
+  int64_t magic = kPacked, captured = 0;
+  Problem problem;  // without q, k, v, bias, scale and results
+  const int64_t *counts = nullptr, *plan = nullptr;
+  int64_t q_size[4], k_size[4];
+  ScalarType dtype = ScalarType::Undefined;
+  int threads = 0;
+};
+
+Call checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ptr, const Tensor& col, const Tensor& slot,
+             const Tensor& bits, const Tensor& counts, const Tensor& plan, int64_t q_len, int64_t kv_len,
+             int64_t mask_batch, int64_t mask_heads) {
   check_inputs(q, k, v, q_len, kv_len);
   check_list("counts", counts, ScalarType::Long, {4});
-  Problem p;
+  check_list("plan", plan, ScalarType::Long, {4});
+  Call call;
+  Problem& p = call.problem;
   p.batch = q.size(0), p.heads = q.size(1), p.kv_heads = k.size(1);
   p.q_len = q_len, p.kv_len = kv_len, p.dim = q.size(3);
-  p.scale = float(scale);
   p.mask = mask_of(q, kv_len, ptr, col, slot, bits, mask_batch, mask_heads);
-  if (bias.has_value()) p.bias = bias_of(*bias, q, kv_len);
+  call.counts = static_cast<const int64_t*>(counts.const_data_ptr());
+  call.plan = static_cast<const int64_t*>(plan.const_data_ptr());
+  for (int i = 0; i < 4; ++i) call.q_size[i] = q.size(i), call.k_size[i] = k.size(i);
+  call.dtype = q.scalar_type();
+  call.threads = int(torch::stable::get_num_threads());
+  return call;
+}
 
-  Tensor out = torch::stable::new_empty(q, {p.batch, q_len, p.heads, p.dim});
-  Tensor lse = torch::stable::new_empty(
-      q, return_lse ? std::vector<int64_t>{p.batch, p.heads, q_len} : std::vector<int64_t>{0},
-      ScalarType::Float);
-  p.out = out.mutable_data_ptr();
-  p.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+struct Results {
+  Tensor out;
+  std::optional<Tensor> lse;
+};
 
-  const int64_t* count = static_cast<const int64_t*>(counts.const_data_ptr());
+Results run(const Call& call, const Tensor& q, Tensor k, Tensor v, const std::optional<Tensor>& bias, double scale,
+            bool return_lse) {
+  Problem p = call.problem;
+  p.scale = float(scale);
+  if (bias.has_value()) p.bias = bias_of(*bias, q, p.kv_len);
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  const int64_t row = p.heads * p.dim;
+  const bool bf16 = call.dtype == ScalarType::BFloat16;
+  Results results{new_tensor({p.batch, p.heads, p.q_len, p.dim}, {p.q_len * row, p.dim, row, 1},
+                             bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32(), cpu, 0),
+                  std::nullopt};
+  if (return_lse)
+    results.lse = new_tensor({p.batch, p.heads, p.q_len}, {p.heads * p.q_len, p.q_len, 1}, aoti_torch_dtype_float32(), cpu, 0);
+  p.out = results.out.mutable_data_ptr();
+  p.lse = return_lse ? static_cast<float*>(results.lse->mutable_data_ptr()) : nullptr;
   p.q = array_of(q);
-  const Plan chosen = plan_of(p, plan, count);
-  if (count[3] != 0) {
+  const Plan chosen = plan_of(p, call.plan, call.counts);
+  if (call.counts[3] != 0) {
     poison(p);
-    return {torch::stable::transpose(out, 1, 2), lse};
+    return results;
   }
   const std::string wrong = check_lists(p.mask);
   STOF_CHECK(wrong.empty(), "sparse_attention: corrupt mask: ", wrong);
@@ -156,12 +180,52 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::o
   p.k = array_of(k);
   p.v = array_of(v);
   attention(p, chosen, torch_threads());
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return results;
+}
+
+std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
+                                            Tensor ptr, Tensor col, Tensor slot, Tensor bits, Tensor counts,
+                                            Tensor plan, int64_t q_len, int64_t kv_len, int64_t mask_batch,
+                                            int64_t mask_heads, double scale, bool return_lse) {
+  const Call call = checked(q, k, v, ptr, col, slot, bits, counts, plan, q_len, kv_len, mask_batch, mask_heads);
+  Results results = run(call, q, k, v, bias, scale, return_lse);
+  if (!return_lse) results.lse = new_tensor({0}, {1}, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0);
+  return {results.out, *results.lse};
+}
+
+Tensor pack_call(Tensor q, Tensor k, Tensor v, Tensor ptr, Tensor col, Tensor slot, Tensor bits, Tensor counts, Tensor plan,
+                 int64_t q_len, int64_t kv_len, int64_t mask_batch, int64_t mask_heads) {
+  const Call call = checked(q, k, v, ptr, col, slot, bits, counts, plan, q_len, kv_len, mask_batch, mask_heads);
+  return pack(call, {ptr, col, slot, bits, counts, plan});
+}
+
+Results repeat(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const Tensor& packed,
+               double scale, bool return_lse) {
+  const Call& call = unpack<Call>(packed);
+  const int32_t device = q.get_device_index();
+  STOF_CHECK(is_like(q, call.dtype, device, call.q_size) && is_like(k, call.dtype, device, call.k_size) &&
+                 is_like(v, call.dtype, device, call.k_size) && call.threads == int(torch::stable::get_num_threads()),
+             kOtherCall);
+  return run(call, q, k, v, bias, scale, return_lse);
+}
+
+Tensor attend(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor packed, double scale) {
+  return repeat(q, k, v, bias, packed, scale, false).out;
+}
+
+std::tuple<Tensor, Tensor> attend_lse(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor packed, double scale) {
+  Results results = repeat(q, k, v, bias, packed, scale, true);
+  return {results.out, *results.lse};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(stof, CPU, m) { m.impl("sparse_attention", TORCH_BOX(&sparse_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(stof, CPU, m) {
+  m.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+  m.impl("pack_call", TORCH_BOX(&pack_call));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("attend_lse", TORCH_BOX(&attend_lse));
+}
 
 }  // namespace stof::bindings
 

@@ -11,11 +11,13 @@
 
 namespace stof::bindings {
 
-inline cudaStream_t current_stream(const Tensor& t) {
+inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
+
+inline cudaStream_t current_stream(const Tensor& t) { return current_stream(t.get_device_index()); }
 
 inline void check_launch(const char* op, cudaError_t error) {
   STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction, op,
@@ -44,15 +46,9 @@ inline DeviceNumbers numbers_of(int device) {
   return numbers;
 }
 
-// Uninitialized tensor on the device of `like`. Straight to the allocator: going through the dispatcher, as
-// stable::new_empty does, costs microseconds a call.
-inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+inline Tensor new_on_cuda(int32_t device, std::initializer_list<int64_t> size, std::initializer_list<int64_t> stride,
                           int32_t dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
-                                                         dtype, aoti_torch_device_type_cuda(),
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
+  return new_tensor(size, stride, dtype, aoti_torch_device_type_cuda(), device);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
