@@ -9,11 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from stof_kernels.baselines import MethodSpec, Prepared, Problem, Unsupported
+from stof_kernels import masks
+from stof_kernels.baselines import MethodSpec, Prepared, Problem, Tensors, Unsupported
 
 from . import experiments
+from .attention_memory import held, peak_of
 from .experiments import Cell
 from .measurement import Measurement
 from .timing import Budget, HostArm, Timing, device_arm, time_alone, time_arms
@@ -51,7 +54,7 @@ class Measured:
 
 def measure_cell(cell: Cell, job: Measured) -> list[Measurement]:
     """Rows of one cell. A method that fails gives one row with its status and a one-line reason."""
-    return rows_or_reason(cell.problem, job, _measure)
+    return rows_or_reason(cell.problem, job, measure_attention)
 
 
 def rows_or_reason(
@@ -64,58 +67,97 @@ def rows_or_reason(
         with torch.no_grad(), _released_memory(problem.device):
             return measure(problem, job)
     except Unsupported as reason:
-        return job.missing(problem, "unsupported", str(reason), kept=kept_of(problem))
+        status, note = "unsupported", str(reason)
     except Exception as error:
-        if _is_out_of_memory(error):
-            return job.missing(problem, "oom", one_line(error), kept=kept_of(problem))
-        traceback.print_exc(file=sys.stderr)  # for the job's log; the row holds one line
-        return job.missing(problem, "error", one_line(error), kept=kept_of(problem))
+        status, note = failure(error)
+    return job.missing(problem, status, note, kept=_kept_or_none(problem))
 
 
-def _measure(problem: Problem, job: Measured) -> list[Measurement]:
-    from stof_kernels.baselines.inputs import make_tensors
+def failure(error: Exception) -> tuple[str, str]:
+    """(status, reason in one line) of a failed cell; the traceback of what is not for want of memory goes to the job's log."""
+    if is_out_of_memory(error):
+        return "oom", one_line(error)
+    traceback.print_exc(file=sys.stderr)
+    return "error", one_line(error)
 
+
+def _own_form(spec: MethodSpec, problem: Problem, tensors: Tensors) -> Prepared:
+    return spec.prepare(problem, tensors)  # type: ignore[misc]  # absent methods never come here
+
+
+def measure_attention(
+    problem: Problem,
+    job: Measured,
+    prepare: Callable[[MethodSpec, Problem, Tensors], Prepared] = _own_form,
+    operator: str = "",
+    memory: bool = False,
+) -> list[Measurement]:
+    """Rows of one attention problem, checked before it is timed.
+
+    ``prepare`` where a method is not run in the form that its module prepares. ``operator``: what the rows call this part of
+    what the experiment measures. ``memory``: also a row of the memory that the mask's form and a call take on CUDA.
+    """
     from .check import TOLERANCE, relative_error, same_output
     from .control import dense_control
 
-    tensors = make_tensors(problem)
-    prepared = job.method.prepare(problem, tensors)  # type: ignore[misc]  # absent methods never come here
+    tensors = shared_tensors(problem)
+    before = held() if memory and problem.device == "cuda" else None
+    prepared = prepare(job.method, problem, tensors)
     kept = kept_of(problem)
     out = prepared.run()
     error = relative_error(problem, tensors, prepared.applied, out)
     tolerance = TOLERANCE[problem.dtype]
     if not error <= tolerance:  # also true for nan
-        return _wrong(problem, job, error, f"relative error above {tolerance:g}", prepared, kept)
+        return _wrong(problem, job, error, f"relative error above {tolerance:g}", prepared, kept, operator)
+    checked = {"exact": prepared.exact, "rel_err": float(f"{error:.3g}"), "kept": kept, "operator": operator}
+    rows = []
+    if before is not None:
+        del out  # the peak is that of one call
+        peak = peak_of(prepared.run, before).most
+        out = prepared.run()
+        rows.append(job.row(problem, "peak_memory", median=float(f"{peak:.6g}"), **checked))
     control, control_name = dense_control(problem, tensors)
     arm = device_arm(prepared.run, problem.device, job.budget)
     timing, beside = time_arms([arm, device_arm(control, problem.device, job.budget)], job.budget)
     if not same_output(out, prepared.run(), tolerance):
-        return _wrong(problem, job, math.nan, "the output changed while it was timed", prepared, kept)
+        return _wrong(problem, job, math.nan, "the output changed while it was timed", prepared, kept, operator)
     note = "; ".join(filter(None, (prepared.note, arm.note)))
-    checked = {"exact": prepared.exact, "rel_err": float(f"{error:.3g}"), "kept": kept}
-    rows = [job.row(problem, "device_time", **numbers_of(timing), **checked, note=note)]
+    rows.insert(0, job.row(problem, "device_time", **numbers_of(timing), **checked, note=note))
     if problem.device == "cuda":
-        rows.append(job.row(problem, "host_time", **numbers_of(_host_time(prepared, timing, job)), **checked))
+        rows.insert(1, job.row(problem, "host_time", **numbers_of(host_time(prepared.run, timing, job)), **checked))
     if prepared.mask_build is not None:
         built = time_alone(prepared.mask_build, problem.device, _BUILD_SAMPLES, job.budget.budget_s)
-        rows.append(job.row(problem, "mask_build_time", **numbers_of(built), kept=kept))
-    rows.append(job.row(problem, "control_time", **numbers_of(beside), kept=1.0, note=control_name))
+        rows.append(job.row(problem, "mask_build_time", **numbers_of(built), kept=kept, operator=operator))
+    place = {"kept": 1.0, "operator": operator}
+    rows.append(job.row(problem, "control_time", **numbers_of(beside), **place, note=control_name))
     return rows
 
 
+def shared_tensors(problem: Problem) -> Tensors:
+    """q, k, v of ``problem``, drawn once for the cells in a row that differ in their mask alone."""
+    return _tensors(replace(problem, pattern=masks.full()))
+
+
+@lru_cache(maxsize=1)
+def _tensors(problem: Problem) -> Tensors:
+    from stof_kernels.baselines.inputs import make_tensors
+
+    return make_tensors(problem)
+
+
 def _wrong(
-    problem: Problem, job: Measured, error: float, note: str, prepared: Prepared, kept: float
+    problem: Problem, job: Measured, error: float, note: str, prepared: Prepared, kept: float, operator: str
 ) -> list[Measurement]:
     known = math.isfinite(error)
     note = note if known or "changed" in note else "the output is not finite"
-    return job.missing(
-        problem, "wrong_result", note, exact=prepared.exact, rel_err=float(f"{error:.3g}") if known else None, kept=kept
-    )
+    checked = {"exact": prepared.exact, "rel_err": float(f"{error:.3g}") if known else None, "kept": kept}
+    return job.missing(problem, "wrong_result", note, **checked, operator=operator)
 
 
-def _host_time(prepared: Prepared, device: Timing, job: Measured) -> Timing:
+def host_time(run: Callable[[], object], device: Timing, job: Measured) -> Timing:
+    """Wall time of one eager call on CUDA; ``device`` is its device time."""
     calls = max(1, min(job.budget.host_calls, int(_HOST_SAMPLE_US / max(device.median, 1e-3))))
-    arm = HostArm(prepared.run, calls)
+    arm = HostArm(run, calls)
     return Timing.of([arm.sample() for _ in range(_HOST_SAMPLES)])
 
 
@@ -127,10 +169,19 @@ def numbers_of(timing: Timing) -> dict[str, object]:
 
 
 def kept_of(problem: Problem) -> float:
-    """Share of (query, key) pairs that the problem's mask keeps."""
+    """Share of (query, key) pairs that the problem's mask keeps, over all heads where they differ."""
     from .check import kept_share
 
-    return kept_share(problem.pattern, problem.q_len, problem.kv_len)
+    heads = problem.heads if problem.pattern.per_head else 1
+    return kept_share(problem.pattern, problem.q_len, problem.kv_len, heads, problem.device)
+
+
+def _kept_or_none(problem: Problem) -> float | None:
+    """The kept share, or None where counting it fails too: a CUDA error can leave the process without its GPU."""
+    try:
+        return kept_of(problem)
+    except Exception:
+        return None
 
 
 @contextmanager
@@ -159,7 +210,8 @@ def device_is_usable(device: str) -> bool:
     return True
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, as torch's allocators say it on the CPU and on CUDA."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 

@@ -57,14 +57,15 @@ def same_output(first: Tensor, last: Tensor, tolerance: float) -> bool:
 
 
 @lru_cache(maxsize=64)
-def kept_share(pattern: Pattern, q_len: int, kv_len: int) -> float:
-    """Share of (query, key) pairs that the pattern keeps, counted position by position in strips."""
+def kept_share(pattern: Pattern, q_len: int, kv_len: int, heads: int = 1, device: str = "cpu") -> float:
+    """Share of (query, key) pairs that the pattern keeps, counted position by position in strips, over ``heads`` planes."""
     import torch
 
-    rule, kept, step = pattern.bind(q_len, kv_len), 0, max(1, (16 << 20) // kv_len)
-    kv = torch.arange(kv_len)[None]
-    zero = torch.zeros((), dtype=torch.int64)
-    for start in range(0, q_len, step):
-        q = torch.arange(start, min(start + step, q_len))[:, None]
-        kept += int(rule(zero, zero, q, kv).expand(len(q), kv_len).sum())
-    return kept / (q_len * kv_len)
+    rule, kept, step = pattern.bind(q_len, kv_len, device), 0, max(1, (16 << 20) // kv_len)
+    kv = torch.arange(kv_len, device=device)[None]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    for head in range(heads):
+        for start in range(0, q_len, step):
+            q = torch.arange(start, min(start + step, q_len), device=device)[:, None]
+            kept += int(rule(zero, zero + head, q, kv).expand(len(q), kv_len).sum())
+    return kept / (heads * q_len * kv_len)
