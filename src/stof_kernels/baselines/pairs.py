@@ -1,7 +1,7 @@
 """Pairs of operators around attention, fused or apart, tuned alone or together: the series of Figures 3 and 4.
 
-The four ways are found by one search (``fusion.motivation``); each method is one of them. Figure 3 compares the first two, Figure
-4 the other two, where a matrix product before a LayerNorm is four times as deep.
+The four ways are found by one search (``fusion.motivation``); each method is one of them. Figure 3 compares the first two,
+Figure 4 the other two, where a matrix product before a LayerNorm is four times as deep.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PairProblem:
 
 @dataclass(frozen=True)
 class PairReady:
-    """A pair ready to be timed: ``run()`` gives its output, ``apart()`` runs the operators eagerly, ``reference`` is in fp32."""
+    """A pair ready to be timed: ``run()`` gives its output, ``apart()`` the eager operators', ``reference`` is in fp32."""
 
     run: Callable[[], Tensor]
     apart: Callable[[], Tensor]

@@ -114,7 +114,10 @@ Prepare = Callable[[Problem, Tensors], Prepared]
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What is known about a method without running it; ``kind`` says what problems ``prepare`` takes."""
+    """What is known about a method without running it.
+
+    ``kind`` says what problems ``prepare`` takes; ``tuned`` that it compiles or searches first, and how long that takes counts.
+    """
 
     id: str
     label: str
@@ -123,6 +126,7 @@ class MethodSpec:
     depends: tuple[str, ...]
     devices: tuple[str, ...] = DEVICES
     kind: str = ATTENTION
+    tuned: bool = False
     reimplemented: bool = False
     exact_by_design: bool = True
     rank: int = 100

@@ -9,9 +9,13 @@ from typing import Any
 
 from stof_kernels import masks
 from stof_kernels.baselines import MethodSpec, Problem, all_methods
+from stof_kernels.baselines import get as find_method
+from stof_kernels.baselines.models import KIND as MODEL
+from stof_kernels.baselines.pairs import KIND as PAIR
 from stof_kernels.baselines.registry import ATTENTION
 
 from .attention_masks import MaskEntry, MaskError, parse_mask
+from .model_problems import ProblemError, model_problems, pair_problems
 
 
 class SettingsError(ValueError):
@@ -34,7 +38,8 @@ class Experiment:
     imports torch, and this module does not. ``like``: another experiment whose methods are this one's too, with the same
     reasons where they cannot run; ``only``: those of them that have rows here, all where empty. ``depends``: package-relative
     code that the numbers of every method depend on here, besides what they depend on everywhere. ``kind``: what problems its
-    methods prepare (`baselines.registry`). ``metric``: the metric of the row that a cell without numbers has.
+    methods prepare (`baselines.registry`). ``metric``: the metric of the row that a cell without numbers has. ``shares``: the
+    experiment whose runs of the same method, cell and settings this one takes its rows from.
     """
 
     id: str
@@ -46,6 +51,7 @@ class Experiment:
     depends: tuple[str, ...] = ()
     kind: str = ATTENTION
     metric: str = "device_time"
+    shares: str = ""
 
     @property
     def measure_cell(self) -> Callable[[Cell, Any], list[Any]]:
@@ -64,6 +70,10 @@ class Experiment:
     def methods(self) -> tuple[str, ...]:
         """Ids of `specs`."""
         return tuple(spec.id for spec in self.specs)
+
+    def spec(self, method: str) -> MethodSpec:
+        """The method of that id as this experiment runs it; ValueError for an unknown one."""
+        return find_method(method, self.kind)
 
     def why_not(self, spec: MethodSpec, device: str) -> str:
         """Reason why ``spec`` cannot run here at all, known without importing torch; empty if it may run."""
@@ -211,6 +221,24 @@ def _own_masks(size: dict[str, Any]) -> tuple[MaskEntry, ...]:
     return _masks(size) if "masks" in size else ()
 
 
+def model_cells(settings: dict[str, Any], device: str) -> list[Cell]:
+    """Models x sizes."""
+    return _cells_of(model_problems, settings, device)
+
+
+def pair_cells(settings: dict[str, Any], device: str) -> list[Cell]:
+    """Pairs of operators x sizes."""
+    return _cells_of(pair_problems, settings, device)
+
+
+def _cells_of(problems: Callable[..., list[tuple[str, Any]]], settings: dict[str, Any], device: str) -> list[Cell]:
+    try:
+        return [Cell(key, problem) for key, problem in problems(settings, device)]
+    except ProblemError as error:
+        raise SettingsError(f"settings: {error}") from None
+
+
+_MODEL = {"measure": "model_cell:measure_model", "kind": MODEL, "metric": "latency"}
 _FORMS = ("benchmarking/attention_forms.py", "benchmarking/attention_masks.py")
 _ALL = (
     Experiment("mha", "attention alone, the paper's four masks (Figures 9 and 10)", attention_cells),
@@ -232,6 +260,7 @@ _ALL = (
         like="mha",
         only=("stof", "sdpa", "flex_attention"),
         depends=(*_FORMS, "benchmarking/attention_build.py", "benchmarking/attention_memory.py"),
+        metric="mask_build_time",
     ),
     Experiment(
         "planner",
@@ -243,9 +272,9 @@ _ALL = (
         "scaling",
         "time and memory over the kept share and over the length",
         attention_cells,
-        measure="attention_scaling:measure_cell",
+        measure="attention_forms:measure_with_memory",
         like="mha",
-        depends=(*_FORMS, "benchmarking/attention_memory.py", "benchmarking/attention_scaling.py"),
+        depends=(*_FORMS, "benchmarking/attention_memory.py"),
     ),
     Experiment(
         "dynamic_mask",
@@ -255,11 +284,36 @@ _ALL = (
         like="mha",
         depends=(*_FORMS, "benchmarking/attention_dynamic.py"),
     ),
-    Experiment("end_to_end", "whole models, BigBird mask (Figure 11)"),
-    Experiment("ablation", "attention alone, fusion alone, both (Figure 12)"),
-    Experiment("overhead", "parts of the tuner's own work (Figure 13)"),
-    Experiment("tuning_cost", "wall time of tuning (Table 4)"),
-    Experiment("motivation", "fused against detached operators and their tuning (Figures 3 and 4)"),
+    Experiment(
+        "end_to_end",
+        "whole models: latency, throughput, peak memory and tuning of each way to run them (Figure 11)",
+        model_cells,
+        **_MODEL,
+    ),
+    Experiment(
+        "ablation", "attention alone, fusion alone, both (Figure 12)", model_cells, shares="end_to_end", **_MODEL
+    ),
+    Experiment(
+        "overhead",
+        "parts of the tuner's own work (Figure 13)",
+        model_cells,
+        shares="end_to_end",
+        **_MODEL | {"metric": "tuning_time"},
+    ),
+    Experiment(
+        "tuning_cost",
+        "wall time of tuning (Table 4)",
+        model_cells,
+        shares="end_to_end",
+        **_MODEL | {"metric": "tuning_time"},
+    ),
+    Experiment(
+        "motivation",
+        "fused against detached operators and their tuning (Figures 3 and 4)",
+        pair_cells,
+        measure="model_pairs:measure_pair",
+        kind=PAIR,
+    ),
 )
 
 EXPERIMENTS: dict[str, Experiment] = {experiment.id: experiment for experiment in _ALL}

@@ -60,11 +60,11 @@ def today_digests(method: str, device: str, experiment: str = "") -> dict[str, s
 
     Empty for a method that is gone.
     """
+    known = EXPERIMENTS.get(experiment)
     try:
-        spec = baselines.get(method)
+        spec = known.spec(method) if known else baselines.get(method)
     except ValueError:
         return {}
-    known = EXPERIMENTS.get(experiment)
     names = known.depends_of(spec, device) if known else spec.depends_on(device)
     return {name: code_digest([name]) for name in names}
 

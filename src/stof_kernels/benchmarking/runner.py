@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stof_kernels import baselines, kernels
+from stof_kernels import kernels
 from stof_kernels.baselines import MethodSpec
 from stof_kernels.provenance import code_digest
 
@@ -18,6 +18,7 @@ from .cell import Measured, device_is_usable
 from .experiments import Cell
 from .journal import Journal
 from .measurement import Measurement, write_rows
+from .model_share import Taken, take
 from .timing import Budget
 
 _PROTOCOL = {
@@ -26,6 +27,12 @@ _PROTOCOL = {
     "calls for warm-up, in turns with the control; host time: up to {host_calls} eager calls between two synchronisations, "
     "divided by their number; median, 20th and 80th percentile",
 }
+_MORE = {
+    "model": "; tuning: wall time from the model on its device to the first tuned call, in a process that has compiled before, "
+    "with empty folders for Inductor's and Triton's caches and without the cache of plans; peak memory: one call after timing",
+    "pair": "; kernels found by one search per cell, each compared with the operators one by one",
+}
+_LISTS = ("masks", "sizes", "scatter", "models", "operators")
 _LEFT_UNUSABLE = "not measured: an earlier cell left the GPU unusable in this process"
 
 
@@ -42,13 +49,16 @@ def run_job(
     provenance: Path,
     journal: Path,
     device: str,
+    shared: Path | None = None,
 ) -> None:
     """Measure and write ``csv`` and ``provenance``, both whole, once every cell has its rows.
 
     ``gpu`` is the name that rows and folders carry, ``device`` (cpu or cuda) what runs; ``settings`` the experiment's section
     for that device (masks, sizes, heads, head_dim, dtype, seed, timing). A cell that runs out of memory, fails or is not
     supported becomes a row with that status. Finished cells are kept in ``journal`` and not measured again when a killed job
-    is run again. ValueError for an unknown experiment or method and for settings that cannot be read.
+    is run again. ``shared`` is the finished table of the experiment whose runs this one shares: its cells are taken, not
+    measured again, and the provenance says which. ValueError for an unknown experiment or method and for settings that
+    cannot be read.
     """
     spec, cells = _resolve(experiment, method, settings, device)
     job = Measured(gpu, experiment, spec, Budget.from_settings(settings.get("timing", {})))
@@ -63,7 +73,9 @@ def run_job(
         facts = _facts(job, settings, environment.machine(device))
         book = Journal(Path(journal), _identity(facts), about=environment.new_run())
         about = book.about | {"resumed": book.resumed}
-        rows = _measure_all(cells, job, book)
+        taken = take(shared, job, cells) if shared else Taken()
+        facts |= {"shared": taken.facts} if taken.rows else {}
+        rows = _measure_all(cells, job, book, taken)
     write_json(Path(provenance), about | facts)
     write_rows(csv, rows)
     if not why_not:
@@ -71,7 +83,8 @@ def run_job(
 
 
 def _resolve(experiment: str, method: str, settings: dict[str, Any], device: str) -> tuple[MethodSpec, list[Cell]]:
-    spec, known = baselines.get(method), experiments.get(experiment)
+    known = experiments.get(experiment)
+    spec = known.spec(method)
     if device not in ("cpu", "cuda"):
         raise JobError(f"device is {device!r}, allowed: cpu, cuda")
     if known.cells is None:
@@ -93,13 +106,16 @@ def _require_device(device: str) -> None:
         )
 
 
-def _measure_all(cells: list[Cell], job: Measured, book: Journal) -> list[Measurement]:
+def _measure_all(cells: list[Cell], job: Measured, book: Journal, taken: Taken) -> list[Measurement]:
     rows: list[Measurement] = []
     usable = True
     measure = experiments.get(job.experiment).measure_cell
     for number, cell in enumerate(cells, start=1):
         place = f"{_name(job)} [{number}/{len(cells)}] {cell.key}"
-        if cell.key in book.done:
+        if cell.key in taken.rows:
+            found = taken.rows[cell.key]
+            print(f"{place}: {summary(found)} (the run of {taken.experiment})", flush=True)
+        elif cell.key in book.done:
             found = book.done[cell.key]
             print(f"{place}: finished before, kept", flush=True)
         elif usable:
@@ -125,14 +141,17 @@ def summary(rows: list[Measurement]) -> str:
     if regrets:
         return f"regret {', '.join(regrets)}"
     parts = [row for row in rows if row.operator]
-    if len(parts) > 1:
+    if len(parts) > 1 and rows[0].operator:
         return ", ".join(_part(row) for row in parts)
     by_metric = {row.metric: row for row in rows}
     time = by_metric.get("device_time", rows[0])
     if time.median is None:
         return f"{time.status}: {time.note}"
-    text = f"{time.median:.1f} {time.unit} ({time.p20:.1f}-{time.p80:.1f}, n={time.samples})"
+    text = f"{time.median:.4g} {time.unit}"
+    text += "" if time.p20 is None else f" ({time.p20:.4g}-{time.p80:.4g}, n={time.samples})"
     text += " without the mask" if time.exact is False else ""
+    if "tuning_time" in by_metric and time.metric != "tuning_time":
+        text += f", tuned in {by_metric['tuning_time'].median:.1f} s"
     if "control_time" in by_metric:
         text += f", control {by_metric['control_time'].median:.1f} us"
     return text if time.rel_err is None else f"{text}, rel_err {time.rel_err:.1e}"
@@ -158,7 +177,7 @@ def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> 
         "reimplemented": spec.reimplemented,
         "machine": machine,
         "versions": environment.versions(),
-        "protocol": _PROTOCOL[machine["device"]].format(**asdict(job.budget)),
+        "protocol": _PROTOCOL[machine["device"]].format(**asdict(job.budget)) + _MORE.get(spec.kind, ""),
         "seed": settings.get("seed", 0),
         "settings": settings,
         "code": {"digest": code_digest(depends), "parts": {name: code_digest([name]) for name in depends}},
@@ -178,7 +197,7 @@ def _build_facts(depends: tuple[str, ...], machine: dict[str, Any]) -> dict[str,
 
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """What a finished cell's numbers depend on. The lists of cells do not count: a longer list keeps what is finished."""
-    settings = {name: value for name, value in facts["settings"].items() if name not in ("masks", "sizes", "scatter")}
+    settings = {name: value for name, value in facts["settings"].items() if name not in _LISTS}
     kept = ("experiment", "gpu", "method", "versions", "build")
     # The clock of the moment is a reading, not a property of the machine.
     machine = {name: value for name, value in facts["machine"].items() if name not in ("clocks_sm", "clocks_mem")}

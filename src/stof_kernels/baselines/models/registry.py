@@ -148,14 +148,15 @@ def model_method(
     rank: int | None = None,
     depends: Iterable[str] = (),
     devices: Iterable[str] = DEVICES,
+    tuned: bool = False,
     reimplemented: bool = False,
     not_in: dict[str, str] | None = None,
     on_device: dict[str, tuple[str, ...]] | None = None,
 ) -> Callable[[PrepareModel], PrepareModel]:
     """Register ``prepare(subject) -> ModelReady`` as the way ``id`` to run whole models.
 
-    ``label`` and ``rank`` are those of the attention method of that id, where there is one. ``depends`` and the rest: as in
-    ``baselines.registry.method``.
+    ``label`` and ``rank`` are those of the attention method of that id, where there is one. ``tuned``: it compiles or
+    searches, so it is prepared in a warm process with empty compile caches. The rest: as in ``baselines.registry.method``.
     """
     name, place = _known(id, label, rank)
     on_device = on_device or {}
@@ -173,6 +174,7 @@ def model_method(
                 depends=tuple(dict.fromkeys((*own, *_COMMON, *depends, *others))),
                 devices=tuple(devices),
                 kind=KIND,
+                tuned=tuned,
                 reimplemented=reimplemented,
                 rank=place,
                 not_in=dict(not_in or {}),

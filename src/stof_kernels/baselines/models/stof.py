@@ -8,7 +8,7 @@ from .registry import ModelReady, Subject, model_method, run_variant
 registry.discover(kinds=False)
 _ATTENTION = registry.find("stof")
 _ATTENTION_CODE = {"depends": _ATTENTION.depends, "on_device": _ATTENTION.on_device}
-_ALL_CODE = {**_ATTENTION_CODE, "depends": (*_ATTENTION.depends, "fusion")}
+_ALL_CODE = {**_ATTENTION_CODE, "depends": (*_ATTENTION.depends, "fusion"), "tuned": True}
 
 
 @model_method("stof", experiments=("end_to_end", "ablation", "overhead", "tuning_cost"), **_ALL_CODE)
