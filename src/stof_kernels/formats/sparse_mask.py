@@ -12,6 +12,7 @@ from ..masks import MaskMod, Pattern, predicate
 from ..planner import AttentionProblem, KernelConfig, MaskStats, Plan, choose
 from . import cells
 from .arguments import buffer_sizes, check_sizes, four_dims
+from .blocks import can_write, write_blocks
 from .cells import CellLists
 from .device import device_spec
 from .layout import Layout, derive, refresh, tile_stats
@@ -117,12 +118,18 @@ class SparseMask:
         rows, cols = -(-q_len // block), -(-kv_len // block)
         table = four_dims(keep_blocks, rows, cols, what="keep_blocks")
         batch, heads = table.shape[:2]
+        name = f"blocks(block={block})"
+        if capacity is not None and table.is_cuda and can_write(block, kv_len):
+            # Nothing may be read back here, as in `from_dense`.
+            mask = cls._empty((batch, heads, q_len, kv_len), table.device, capacity, (0, 0), name)
+            write_blocks(mask.lists, table, block, q_len, kv_len)
+            return mask
         if block % cells.CELL == 0:
             lists = cells.lists_from_blocks(table, block, q_len, kv_len)
         else:
             rule = predicate(lambda b, h, q, kv: table[b, h, q // block, kv // block], name="blocks")
             lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, table.device)
-        return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, f"blocks(block={block})")
+        return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, name)
 
     @classmethod
     def _from_lists(
@@ -169,22 +176,53 @@ class SparseMask:
         kernels use are derived again in place, and an oversized mask makes the output NaN (`check` says why). A compact mask
         raises ValueError if it does not fit or if a captured graph holds its sizes; the old mask then stays.
         """
-        table = four_dims(keep, self.q_len, self.kv_len)
-        if table.device != self.device:
-            raise ValueError(f"update_: keep is on {table.device}, allowed: the mask's device {self.device}")
-        if table.shape[0] not in (1, self.batch) or table.shape[1] not in (1, self.heads):
-            allowed = (self.batch, self.heads, self.q_len, self.kv_len)
-            raise ValueError(f"update_: keep has shape {tuple(keep.shape)}, allowed: broadcastable to {allowed}")
-        table = table.expand(self.batch, self.heads, -1, -1)
+        table = self._as_planes("update_", "keep", keep, self.q_len, self.kv_len)
         if self.fixed and self.device.type == "cuda":
             raw.build_cells_out(table, *self.lists.tensors)
-            for (config, copies), layout in self._layouts.items():
-                refresh(self, layout, config, copies)
+            self._refresh_layouts()
         else:
             self._update_compact(CellLists(*raw.build_cells(table)))
         self._forget_content()
         self.name = "dense"
         return self
+
+    def update_blocks_(self, keep_blocks: Tensor, block: int) -> SparseMask:
+        """Put whole blocks into the same buffers, as `update_` does with a dense mask but with work for the blocks alone.
+
+        ``keep_blocks``: bool, broadcastable to (batch, heads, ceil(q_len/block), ceil(kv_len/block)); ``block``: a multiple of
+        16. With fixed capacity on a GPU nothing is read back, so a captured graph replays with the tensor's new content; that
+        needs ``kv_len`` to be a multiple of 16, ValueError otherwise. What does not fit is treated as by `update_`.
+        """
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1 or block % cells.CELL:
+            raise ValueError(f"update_blocks_: block is {block!r}, allowed: a multiple of {cells.CELL}")
+        sizes = -(-self.q_len // block), -(-self.kv_len // block)
+        table = self._as_planes("update_blocks_", "keep_blocks", keep_blocks, *sizes)
+        if self.fixed and self.device.type == "cuda":
+            if not can_write(block, self.kv_len):
+                raise ValueError(
+                    f"update_blocks_: kv_len is {self.kv_len}, allowed with fixed capacity: a multiple of {cells.CELL}"
+                )
+            write_blocks(self.lists, table, block, self.q_len, self.kv_len)
+            self._refresh_layouts()
+        else:
+            self._update_compact(cells.lists_from_blocks(table, block, self.q_len, self.kv_len))
+        self._forget_content()
+        self.name = f"blocks(block={block})"
+        return self
+
+    def _as_planes(self, where: str, what: str, keep: Tensor, rows: int, cols: int) -> Tensor:
+        """``keep`` expanded to (batch, heads, rows, cols), or one clear error."""
+        table = four_dims(keep, rows, cols, what=what)
+        if table.device != self.device:
+            raise ValueError(f"{where}: {what} is on {table.device}, allowed: the mask's device {self.device}")
+        if table.shape[0] not in (1, self.batch) or table.shape[1] not in (1, self.heads):
+            allowed = (self.batch, self.heads, rows, cols)
+            raise ValueError(f"{where}: {what} has shape {tuple(keep.shape)}, allowed: broadcastable to {allowed}")
+        return table.expand(self.batch, self.heads, -1, -1)
+
+    def _refresh_layouts(self) -> None:
+        for (config, copies), layout in self._layouts.items():
+            refresh(self, layout, config, copies)
 
     def _update_compact(self, lists: CellLists) -> None:
         """Take over exact-size lists whose sizes are known on the host."""

@@ -1,0 +1,117 @@
+"""Block masks written into fixed buffers without the host: equal to the lists that are built on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stof_kernels import SparseMask
+from stof_kernels.formats.blocks import can_write, write_blocks
+from stof_kernels.formats.cells import lists_from_blocks, n_cols, n_strips
+
+SHAPES = [  # block, q_len, kv_len
+    (64, 256, 256),
+    (64, 200, 272),
+    (16, 33, 48),
+    (32, 1, 16),
+    (128, 130, 400),
+]
+
+
+def tables(block: int, q_len: int, kv_len: int, batch: int = 2, heads: int = 3, share: float = 0.4) -> torch.Tensor:
+    shape = batch, heads, -(-q_len // block), -(-kv_len // block)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(q_len)) < share
+
+
+def empty(table: torch.Tensor, q_len: int, kv_len: int, capacity: int | str) -> SparseMask:
+    """A fixed mask with other content, so that what is left of it would show."""
+    return SparseMask.from_dense(torch.rand(*table.shape[:2], q_len, kv_len) < 0.5, capacity=capacity)
+
+
+@pytest.mark.parametrize(("block", "q_len", "kv_len"), SHAPES)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_lists_are_those_built_on_the_host(block: int, q_len: int, kv_len: int, share: float) -> None:
+    table = tables(block, q_len, kv_len, share=share)
+    mask = empty(table, q_len, kv_len, "max")
+    write_blocks(mask.lists, table, block, q_len, kv_len)
+    expected = lists_from_blocks(table, block, q_len, kv_len)
+    n = expected.cell_col.numel()
+    assert torch.equal(mask.strip_ptr, expected.strip_ptr)
+    assert torch.equal(mask.cell_col[:n], expected.cell_col)
+    assert torch.equal(mask.cell_slot[:n], expected.cell_slot)
+    assert torch.equal(mask.counts, expected.counts)
+    dense = table.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :q_len, :kv_len]
+    assert torch.equal(mask.to_dense(), dense)
+
+
+def test_what_does_not_fit_only_says_so() -> None:
+    table = tables(64, 256, 256, share=1.0)
+    cells = 6 * n_strips(256) * n_cols(256)
+    mask = empty(table, 256, 256, cells - 1)
+    write_blocks(mask.lists, table, 64, 256, 256)
+    assert mask.counts[[0, 3]].tolist() == [cells, 1]
+    assert not mask.strip_ptr.any()
+    with pytest.raises(ValueError, match="do not fit the fixed capacity"):
+        mask.check()
+    write_blocks(mask.lists, tables(64, 256, 256), 64, 256, 256)  # a mask that fits clears the flag
+    mask.check()
+
+
+def test_only_blocks_whose_cells_are_all_full_can_be_written() -> None:
+    assert can_write(64, 4096)
+    assert not can_write(24, 4096)
+    assert not can_write(64, 4090)
+
+
+@pytest.mark.parametrize("capacity", ["max", None])
+@pytest.mark.parametrize(("block", "q_len", "kv_len"), [*SHAPES, (64, 100, 90)])
+def test_update_blocks_is_update_with_the_dense_mask(block: int, q_len: int, kv_len: int, capacity: str | None) -> None:
+    full = torch.ones(2, 3, -(-q_len // block), -(-kv_len // block), dtype=torch.bool)
+    mask = SparseMask.from_blocks(full, block, q_len, kv_len, capacity=capacity)
+    table = tables(block, q_len, kv_len)
+    assert mask.update_blocks_(table, block) is mask
+    dense = table.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :q_len, :kv_len]
+    assert torch.equal(mask.to_dense(), dense)
+    assert mask.kept == pytest.approx(dense.double().mean().item())
+    shared = table[:1, :1]
+    assert torch.equal(mask.update_blocks_(shared, block).to_dense(), dense[:1, :1].expand(2, 3, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("table", "block", "message"),
+    [
+        (torch.ones(4, 4, dtype=torch.bool), 24, "block is 24, allowed: a multiple of 16"),
+        (torch.ones(4, 4, dtype=torch.bool), True, "block is True, allowed: a multiple of 16"),
+        (torch.ones(3, 4, dtype=torch.bool), 64, r"keep_blocks: shape \(3, 4\)"),
+        (torch.ones(2, 1, 4, 4, dtype=torch.bool), 64, r"keep_blocks has shape \(2, 1, 4, 4\), allowed: broadcastable"),
+    ],
+)
+def test_bad_blocks_are_one_clear_line(table: torch.Tensor, block: int, message: str) -> None:
+    mask = SparseMask.from_blocks(torch.ones(1, 4, 4, dtype=torch.bool), 64, 256, 256, capacity="max")
+    with pytest.raises(ValueError, match=message) as error:
+        mask.update_blocks_(table, block)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("q_len", "kv_len"), [(512, 512), (300, 528)])
+def test_a_captured_graph_replays_with_new_blocks(q_len: int, kv_len: int) -> None:
+    from stof_kernels import sparse_attention
+    from stof_kernels.ops import reference
+
+    block, heads = 64, 4
+    q = torch.randn(1, heads, q_len, 64, device="cuda", dtype=torch.float16)
+    k, v = (torch.randn(1, heads, kv_len, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+    first, second = (tables(block, q_len, kv_len, 1, heads, share).cuda() for share in (0.3, 0.6))
+    current = first.clone()
+    mask = SparseMask.from_blocks(current, block, q_len, kv_len, capacity="max").prepare(q, k)
+    sparse_attention(q, k, v, mask.update_blocks_(current, block))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sparse_attention(q, k, v, mask.update_blocks_(current, block))
+    for table in (first, second, first):
+        current.copy_(table)
+        graph.replay()
+        dense = table.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :q_len, :kv_len]
+        expected, _ = reference.attention(q, k, v, dense, dtype=torch.float32)
+        assert (out.float() - expected).norm() <= 2e-3 * expected.norm()
