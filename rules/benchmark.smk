@@ -4,6 +4,7 @@
 rule bench:
     input:
         extension=extension_of,
+        shared=shared_run,
     output:
         csv="results/measured/{gpu}/{experiment}/{method}.csv",
         provenance="results/measured/{gpu}/{experiment}/{method}.provenance.json",
@@ -12,7 +13,7 @@ rule bench:
     wildcard_constraints:
         gpu=any_of(MEASURED),
         experiment=any_of(config["experiments"]),
-        method=any_of(spec.id for spec in all_methods()),
+        method=any_of({spec.id for spec in all_methods("")}),
     conda:
         "../envs/stof.yaml"
     # All cores and the GPU: nothing else runs beside a measurement. On a CPU it uses the whole machine whatever --cores says,
@@ -31,7 +32,7 @@ rule bench:
         code=lambda wildcards: digest_of(
             "bench.py",
             EXPERIMENTS[wildcards.experiment].depends_of(
-                get_method(wildcards.method), MEASURED[wildcards.gpu].device
+                spec_of(wildcards), MEASURED[wildcards.gpu].device
             ),
         ),
     script:

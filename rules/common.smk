@@ -9,7 +9,6 @@ import yaml
 from snakemake.logging import logger
 from snakemake.utils import validate
 from stof_kernels.baselines import all_methods
-from stof_kernels.baselines import get as get_method
 from stof_kernels.benchmarking import config as checks
 from stof_kernels.benchmarking import targets
 from stof_kernels.benchmarking.experiments import EXPERIMENTS
@@ -112,16 +111,35 @@ def manifests():
     )
 
 
+def spec_of(wildcards):
+    """The method of a measuring job, as its experiment runs it."""
+    return EXPERIMENTS[wildcards.experiment].spec(wildcards.method)
+
+
+def runs_here(wildcards):
+    """Whether a measuring job measures anything, or only says why it cannot."""
+    device = MEASURED[wildcards.gpu].device
+    return not EXPERIMENTS[wildcards.experiment].why_not(spec_of(wildcards), device)
+
+
 def extension_of(wildcards):
     """Input of a measuring job: the build for its architecture if the method runs compiled code of ours, else nothing."""
-    spec, target = get_method(wildcards.method), MEASURED[wildcards.gpu]
-    runs = not EXPERIMENTS[wildcards.experiment].why_not(spec, target.device)
-    compiled = any(
-        name.startswith("kernels") for name in spec.depends_on(target.device)
+    target = MEASURED[wildcards.gpu]
+    needed = any(
+        name.startswith("kernels")
+        for name in spec_of(wildcards).depends_on(target.device)
     )
-    return (
-        manifest(target.arch) if runs and compiled and target.arch in BUILDABLE else []
-    )
+    build = needed and target.arch in BUILDABLE and runs_here(wildcards)
+    return manifest(target.arch) if build else []
+
+
+def shared_run(wildcards):
+    """Input of a measuring job: the table of the experiment whose run it shares, if there is one."""
+    gpu, experiment, method = wildcards.gpu, wildcards.experiment, wildcards.method
+    if not runs_here(wildcards):
+        return []
+    other = checks.shared_experiment(config, experiment, method, MEASURED[gpu].device)
+    return f"results/measured/{gpu}/{other}/{method}.csv" if other else []
 
 
 def gpu_model(wildcards):

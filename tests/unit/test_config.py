@@ -99,7 +99,11 @@ def test_selected_methods() -> None:
     assert checks.selected_methods(CONFIG, "mha") == baselines.methods_for("mha")
     some = changed("experiments/mha/methods", ["sdpa", "stof"])
     assert [spec.id for spec in checks.selected_methods(some, "mha")] == ["stof", "sdpa"]
-    assert checks.selected_methods(CONFIG, "end_to_end") == []
+    assert checks.selected_methods({"experiments": {}}, "mha") == []
+    # The same id in another experiment may be another kind of method.
+    whole = {spec.id: spec for spec in checks.selected_methods(CONFIG, "end_to_end")}
+    assert whole["stof"].kind == "model"
+    assert whole["stof"].label == baselines.get("stof").label
 
 
 def record(folder: Path, name: str, provenance: str, **values: Any) -> Path:

@@ -37,8 +37,28 @@ experiments:
     scatter: [{block: 1, fill: [0.1]}]
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  end_to_end:
+    models: {cpu: [bert_base, t5]}
+    model_size: tiny
+    methods: [stof, torch_native, mcfuser]
+    sizes:
+      cpu: [{batch: 1, seq_len: [32]}]
+    tuning_s: {cpu: 0}
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  ablation: {methods: [stof, stof_mha_only, torch_native]}
+  overhead: {methods: [stof]}
+  tuning_cost: {methods: [stof]}
+  motivation:
+    operators: [bias_layernorm]
+    sizes:
+      cpu: [{batch: 1, seq_len: [8], hidden: [16]}]
+    search_s: {cpu: 1}
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
 """
-"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells."""
+"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells; whole models in
+two layers, with no seconds to search in, and a pair of operators with too few to compile."""
 
 
 @dataclass(frozen=True)

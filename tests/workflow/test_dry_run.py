@@ -7,24 +7,47 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakemake.utils import validate
 
-from stof_kernels.benchmarking.config import selected_methods
+from stof_kernels.benchmarking import config as checks
+from stof_kernels.benchmarking.experiments import EXPERIMENTS
 from stof_kernels.figures import FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGURED = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))["experiments"]
-FILLED = {"experiments": {name: {"methods": "all"} | section for name, section in CONFIGURED.items()}}
+FILLED = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+checks.normalize(FILLED)
+validate(FILLED, str(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
+CONFIGURED = FILLED["experiments"]
 DRAWN = {experiment for figure in FIGURES.values() for experiment in figure.experiments}
-METHODS = {experiment: len(selected_methods(FILLED, experiment)) for experiment in CONFIGURED}
+METHODS = {experiment: len(checks.selected_methods(FILLED, experiment)) for experiment in CONFIGURED}
 JOBS = sum(METHODS[experiment] for experiment in DRAWN & set(CONFIGURED))
 TABLES = len(DRAWN)
+
+
+def shared_runs(experiment: str) -> int:
+    """Jobs of another experiment that this one's wait for on a CPU."""
+    known = EXPERIMENTS[experiment]
+    running = [spec.id for spec in known.specs if not known.why_not(spec, "cpu")]
+    return sum(bool(checks.shared_experiment(FILLED, experiment, method, "cpu")) for method in running)
 
 
 def test_every_stage_is_a_target(repo) -> None:
     assert repo.planned("build", "--config", "gpu=cpu") == {"build_extension": 1, "build": 1}
     for experiment, methods in METHODS.items():
         jobs = repo.planned(f"bench_{experiment}", "--config", "gpu=cpu")
-        assert jobs == {"build_extension": 1, "bench": methods, f"bench_{experiment}": 1}
+        built = jobs.pop("build_extension", 0)
+        assert built == (experiment != "motivation")  # pairs of operators have no attention
+        assert jobs == {"bench": methods + shared_runs(experiment), f"bench_{experiment}": 1}
+
+
+def test_experiments_with_the_same_settings_share_a_run(repo) -> None:
+    table = "results/measured/cpu/overhead/stof.csv"
+    assert repo.planned(table, "--config", "gpu=cpu") == {"build_extension": 1, "bench": 2}
+    assert "results/measured/cpu/end_to_end/stof.csv" in repo.snakemake("--dry-run", table, "--config", "gpu=cpu")
+    other = ("--config", "gpu=cpu", "experiments={overhead: {tuning_s: {cpu: 3}}}")
+    assert repo.planned(table, *other) == {"build_extension": 1, "bench": 1}
+    fewer = ("--config", "gpu=cpu", "experiments={overhead: {models: {cpu: [gpt2]}}}")
+    assert repo.planned(table, *fewer) == {"build_extension": 1, "bench": 2}
     aggregate = repo.planned("aggregate", "--config", "gpu=cpu")
     assert aggregate["bench"] == JOBS
     assert aggregate["aggregate_experiment"] == TABLES

@@ -23,4 +23,5 @@ with job(snakemake.log[0]):
         provenance=Path(snakemake.output.provenance),
         journal=Path(params.journal),
         device=params.device,
+        shared=Path(snakemake.input.shared) if snakemake.input.get("shared") else None,
     )

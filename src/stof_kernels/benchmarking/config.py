@@ -5,6 +5,7 @@ No torch: Snakemake calls this while it parses the workflow.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stof_kernels.baselines import MethodSpec
+from stof_kernels.baselines.registry import ATTENTION
 
 from . import experiments as known_experiments
 from .attention_masks import MaskError, parse_mask
@@ -19,6 +21,8 @@ from .measurement import MeasurementError, read_rows
 from .records import RecordError, read_provenance
 
 ALL = "all"
+LISTS = ("models", "sizes")
+"""Keys of a section that say which cells there are, not how one is measured."""
 
 
 class ConfigError(ValueError):
@@ -26,9 +30,26 @@ class ConfigError(ValueError):
 
 
 def normalize(config: dict[str, Any]) -> None:
-    """Give the gpus table its names as strings, in place: YAML reads an unquoted 4090 as a number."""
+    """Give the gpus table its names as strings (YAML reads an unquoted 4090 as a number), and sections what they inherit.
+
+    In place. An experiment that can share another's runs has that one's settings wherever it says nothing else.
+    """
     if isinstance(config.get("gpus"), dict):
         config["gpus"] = {str(name): entry for name, entry in config["gpus"].items()}
+    sections = config.get("experiments")
+    if isinstance(sections, dict):
+        for experiment in known_experiments.EXPERIMENTS.values():
+            own, other = sections.get(experiment.id), sections.get(experiment.shares)
+            if isinstance(own, dict) and isinstance(other, dict):
+                _inherit(own, {name: value for name, value in other.items() if name != "methods"})
+
+
+def _inherit(own: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for name, value in other.items():
+        if name not in own:
+            own[name] = copy.deepcopy(value)
+        elif isinstance(own[name], dict) and isinstance(value, dict):
+            _inherit(own[name], value)
 
 
 def check_schema(config: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
@@ -72,21 +93,41 @@ def check_relations(config: Mapping[str, Any]) -> None:
                 f"config gpus.{name}.match: {entry['match']!r} is no regular expression ({error})"
             ) from None
     for experiment, section in config["experiments"].items():
-        where = f"config experiments.{experiment}"
-        _check_masks(where, section["masks"])
+        known, where = known_experiments.get(experiment), f"config experiments.{experiment}"
         if section["methods"] != ALL:
-            ids = known_experiments.get(experiment).methods
             named = section["methods"] if isinstance(section["methods"], list) else [section["methods"]]
-            _check_known(f"{where}.methods", named, [ALL, *ids] if isinstance(section["methods"], str) else ids)
+            allowed = [ALL, *known.methods] if isinstance(section["methods"], str) else known.methods
+            _check_known(f"{where}.methods", named, allowed)
         for device, timing in section["timing"].items():
             if timing["min_samples"] > timing["max_samples"]:
                 least, most = timing["min_samples"], timing["max_samples"]
                 raise ConfigError(f"{where}.timing.{device}: min_samples {least} is above max_samples {most}")
-        for device, sizes in section["sizes"].items():
-            for number, size in enumerate(sizes):
-                _check_masks(f"{where}.sizes.{device}.{number}", size.get("masks", ()))
-                _check_heads(f"{where}.sizes.{device}.{number}", section, size)
-            _check_once(f"{where}.sizes.{device}", sizes)
+        if known.kind == ATTENTION:
+            _check_attention(where, section)
+        else:
+            _check_cells(config, known, where)
+
+
+def _check_attention(where: str, section: Mapping[str, Any]) -> None:
+    """Masks and sizes of an experiment on attention alone."""
+    _check_masks(where, section["masks"])
+    for device, sizes in section["sizes"].items():
+        for number, size in enumerate(sizes):
+            _check_masks(f"{where}.sizes.{device}.{number}", size.get("masks", ()))
+            _check_heads(f"{where}.sizes.{device}.{number}", section, size)
+        _check_once(f"{where}.sizes.{device}", sizes)
+
+
+def _check_cells(config: Mapping[str, Any], known: known_experiments.Experiment, where: str) -> None:
+    """Whatever else names problems: they can be listed, and each is listed once."""
+    for device in config["experiments"][known.id]["sizes"]:
+        try:
+            keys = [cell.key for cell in known.cells(job_settings(config, known.id, device), device)]
+        except known_experiments.SettingsError as error:
+            raise ConfigError(f"{where} ({device}): {str(error).removeprefix('settings: ')}") from None
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{where}.sizes.{device}: {key} is listed twice, allowed: once")
 
 
 def _check_known(where: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -153,14 +194,20 @@ def selected_methods(config: Mapping[str, Any], experiment: str) -> list[MethodS
 
 def job_settings(config: Mapping[str, Any], experiment: str, device: str) -> dict[str, Any]:
     """The settings of a measuring job: the experiment's section, reduced to one kind of device (cpu or cuda)."""
-    section = config["experiments"][experiment]
-    return {
-        "masks": section["masks"],
-        "sizes": section["sizes"][device],
-        "heads": section["heads"],
-        "head_dim": section["head_dim"],
-        "dtype": section["dtype"][device],
-        "seed": config["seed"],
-        "timing": section["timing"][device],
-        "scatter": section["scatter"],
-    }
+    section = {name: value for name, value in config["experiments"][experiment].items() if name != "methods"}
+    return {name: _of_device(value, device) for name, value in section.items()} | {"seed": config["seed"]}
+
+
+def _of_device(value: Any, device: str) -> Any:
+    """A value that is given per kind of device, for one of them; any other value as it is."""
+    return value[device] if isinstance(value, Mapping) and {"cpu", "cuda"} == set(value) else value
+
+
+def shared_experiment(config: Mapping[str, Any], experiment: str, method: str, device: str) -> str:
+    """The experiment whose run of ``method`` this one can share, as all settings but the lists are equal; empty if none."""
+    other = known_experiments.get(experiment).shares
+    if not other or method not in {spec.id for spec in selected_methods(config, other)}:
+        return ""
+    own, theirs = (job_settings(config, name, device) for name in (experiment, other))
+    same = all(own[name] == theirs[name] for name in own if name not in LISTS)
+    return other if same else ""
