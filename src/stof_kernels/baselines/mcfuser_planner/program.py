@@ -81,6 +81,11 @@ class Program:
         """Thread blocks per chain."""
         return math.prod(self.extents[loop] for loop in self.grid)
 
+    @cached_property
+    def steps(self) -> int:
+        """Statements that one chain executes, in all of its blocks."""
+        return sum(self.repeats(statement) for statement in self.statements)
+
     def partial_tiles(self, tensor: str) -> tuple[str, ...]:
         """Loops over which several partial tiles of C or E stay on chip: they index it and run inside its reduction."""
         scope = self.statement("C", tensor).scope

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from .chain import LOOPS
@@ -71,8 +71,7 @@ def search(
             if candidate not in seconds:
                 seconds[candidate] = estimate(candidate)
         before = min(known.values(), default=math.inf)
-        top = _top(population, seconds, settings.measured)
-        new = [c for c in top if c.key not in known]
+        new = promising(population, seconds, known, settings.measured)
         for candidate, time in zip(new, measure(new), strict=True):
             known[candidate.key] = found.times[candidate] = time
         found.rounds += 1
@@ -84,11 +83,17 @@ def search(
         population = next_population(population, seconds, moves, rng)
 
 
-def _top(population: Sequence[Candidate], seconds: dict[Candidate, float], count: int) -> list[Candidate]:
-    """The best-estimated candidates that are different kernels."""
+def promising(
+    population: Sequence[Candidate], seconds: dict[Candidate, float], known: Collection[str], count: int
+) -> list[Candidate]:
+    """The best-estimated candidates that are different kernels and not measured yet.
+
+    The model knows no cost of a loop, so many estimates are equal: of those, fewer executed statements go first. [ours]
+    """
     found: dict[str, Candidate] = {}
-    for candidate in sorted(population, key=seconds.__getitem__):
-        found.setdefault(candidate.key, candidate)
+    for candidate in sorted(population, key=lambda c: (seconds[c], c.program.steps)):
+        if candidate.key not in known:
+            found.setdefault(candidate.key, candidate)
         if len(found) == count:
             break
     return list(found.values())
