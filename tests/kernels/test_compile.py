@@ -74,3 +74,25 @@ def test_fake_kernel_has_the_real_shapes_and_strides():
         fake = torch.ops.stof.sparse_attention.default(*fakes, 48, 48, 1, 1, 0.2, True)
     for f, r in zip(fake, real, strict=True):
         assert (f.shape, f.stride(), f.dtype) == (r.shape, r.stride(), r.dtype)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q, k, v, mask):
+        return attend(q, k, v, mask)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_takes_masks(strict):
+    q, k, v = inputs(n=200)
+    first, second = (stof.SparseMask.from_pattern(stof.masks.sliding_window(w), 200, 200) for w in (20, 24))
+    exported = torch.export.export(Attention(), (q, k, v, first), strict=strict)
+    for mask in (first, second):
+        torch.testing.assert_close(exported.module()(q, k, v, mask), attend(q, k, v, mask), rtol=1e-6, atol=1e-6)
+
+
+def test_an_exported_model_is_saved_with_its_mask(tmp_path):
+    q, k, v = inputs(n=200)
+    mask = stof.SparseMask.from_pattern(stof.masks.get("bigbird", 200), 200, 200)
+    torch.export.save(torch.export.export(Attention(), (q, k, v, mask)), tmp_path / "attention.pt2")
+    back = torch.export.load(tmp_path / "attention.pt2").module()
+    torch.testing.assert_close(back(q, k, v, mask), attend(q, k, v, mask), rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Block masks written into fixed buffers without the host: equal to the lists that are built on it."""
+"""Block masks: by table or numbers, into fixed buffers without the host, equal to the dense mask they mean."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from stof_kernels import SparseMask
-from stof_kernels.formats.blocks import can_write, write_blocks
-from stof_kernels.formats.cells import lists_from_blocks, n_cols, n_strips
 
 SHAPES = [  # block, q_len, kv_len
     (64, 256, 256),
@@ -23,44 +21,17 @@ def tables(block: int, q_len: int, kv_len: int, batch: int = 2, heads: int = 3, 
     return torch.rand(shape, generator=torch.Generator().manual_seed(q_len)) < share
 
 
-def empty(table: torch.Tensor, q_len: int, kv_len: int, capacity: int | str) -> SparseMask:
-    """A fixed mask with other content, so that what is left of it would show."""
-    return SparseMask.from_dense(torch.rand(*table.shape[:2], q_len, kv_len) < 0.5, capacity=capacity)
-
-
-@pytest.mark.parametrize(("block", "q_len", "kv_len"), SHAPES)
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_lists_are_those_built_on_the_host(block: int, q_len: int, kv_len: int, share: float) -> None:
-    table = tables(block, q_len, kv_len, share=share)
-    mask = empty(table, q_len, kv_len, "max")
-    write_blocks(mask.lists, table, block, q_len, kv_len)
-    expected = lists_from_blocks(table, block, q_len, kv_len)
-    n = expected.cell_col.numel()
-    assert torch.equal(mask.strip_ptr, expected.strip_ptr)
-    assert torch.equal(mask.cell_col[:n], expected.cell_col)
-    assert torch.equal(mask.cell_slot[:n], expected.cell_slot)
-    assert torch.equal(mask.counts, expected.counts)
-    dense = table.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :q_len, :kv_len]
-    assert torch.equal(mask.to_dense(), dense)
-
-
-def test_what_does_not_fit_only_says_so() -> None:
-    table = tables(64, 256, 256, share=1.0)
-    cells = 6 * n_strips(256) * n_cols(256)
-    mask = empty(table, 256, 256, cells - 1)
-    write_blocks(mask.lists, table, 64, 256, 256)
-    assert mask.counts[[0, 3]].tolist() == [cells, 1]
-    assert not mask.strip_ptr.any()
-    with pytest.raises(ValueError, match="do not fit the fixed capacity"):
-        mask.check()
-    write_blocks(mask.lists, tables(64, 256, 256), 64, 256, 256)  # a mask that fits clears the flag
-    mask.check()
-
-
-def test_only_blocks_whose_cells_are_all_full_can_be_written() -> None:
-    assert can_write(64, 4096)
-    assert not can_write(24, 4096)
-    assert not can_write(64, 4090)
+@pytest.mark.parametrize(("block", "q_len", "kv_len"), [*SHAPES, (64, 100, 90)])
+def test_top_k_numbers_name_the_same_blocks(block: int, q_len: int, kv_len: int) -> None:
+    table = tables(block, q_len, kv_len)
+    cols = table.shape[-1]
+    numbers = torch.where(table, torch.arange(cols), -1)
+    numbers = torch.cat([numbers, numbers[..., :1], torch.full_like(numbers[..., :1], cols + 7)], -1)  # twice, and none
+    for dtype in (torch.int32, torch.int64):
+        mask = SparseMask.from_blocks(numbers.to(dtype), block, q_len, kv_len).check()
+        assert torch.equal(mask.to_dense(), SparseMask.from_blocks(table, block, q_len, kv_len).to_dense())
+        fixed = SparseMask.from_blocks(torch.ones_like(table), block, q_len, kv_len, capacity="max")
+        assert torch.equal(fixed.update_blocks_(numbers.to(dtype), block).to_dense(), mask.to_dense())
 
 
 @pytest.mark.parametrize("capacity", ["max", None])
@@ -91,6 +62,22 @@ def test_bad_blocks_are_one_clear_line(table: torch.Tensor, block: int, message:
     with pytest.raises(ValueError, match=message) as error:
         mask.update_blocks_(table, block)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block", "q_len", "kv_len"), [*SHAPES, (64, 100, 90), (192, 1000, 777)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_device_builds_the_lists_of_the_host(block: int, q_len: int, kv_len: int, share: float) -> None:
+    table = tables(block, q_len, kv_len, share=share)
+    host = SparseMask.from_blocks(table, block, q_len, kv_len)
+    n, n_bits = host.counts[:2].tolist()
+    for capacity in (None, "max"):
+        mask = SparseMask.from_blocks(table.cuda(), block, q_len, kv_len, capacity=capacity).check()
+        assert torch.equal(mask.strip_ptr.cpu(), host.strip_ptr)
+        assert torch.equal(mask.cell_col[:n].cpu(), host.cell_col[:n])
+        assert torch.equal(mask.cell_slot[:n].cpu(), host.cell_slot[:n])
+        assert torch.equal(mask.cell_bits[:n_bits].cpu(), host.cell_bits[:n_bits])
+        assert torch.equal(mask.counts.cpu(), host.counts)
 
 
 @pytest.mark.gpu

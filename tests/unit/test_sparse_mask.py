@@ -154,11 +154,33 @@ def test_masks_of_one_class_have_the_same_shapes():
     a, b = (SparseMask.from_pattern(masks.sliding_window(w), 512, 512) for w in (20, 24))
     assert int(a.counts[0]) != int(b.counts[0]) or int(a.counts[2]) != int(b.counts[2])
     leaves_a, spec_a = torch.utils._pytree.tree_flatten(a)
-    leaves_b, _ = torch.utils._pytree.tree_flatten(b)
+    leaves_b, spec_b = torch.utils._pytree.tree_flatten(b)
     assert [t.shape for t in leaves_a] == [t.shape for t in leaves_b]
+    assert a.name != b.name
+    assert spec_a == spec_b
     back = torch.utils._pytree.tree_unflatten(leaves_a, spec_a)
     assert torch.equal(back.to_dense(), a.to_dense())
-    assert back.name == a.name
+
+
+def test_leaves_have_names_and_the_tree_survives_json():
+    mask = SparseMask.from_pattern(masks.get("bigbird", 200), 200, 200)
+    mask.prepare(torch.randn(1, 2, 200, 32), torch.randn(1, 2, 200, 32))
+    leaves, spec = torch.utils._pytree.tree_flatten_with_path(mask)
+    names = [torch.utils._pytree.keystr(path) for path, _ in leaves]
+    assert names[:5] == [".strip_ptr", ".cell_col", ".cell_slot", ".cell_bits", ".counts"]
+    assert len(set(names)) == len(names) == 10
+    again = torch.utils._pytree.treespec_loads(torch.utils._pytree.treespec_dumps(spec))
+    back = torch.utils._pytree.tree_unflatten([leaf for _, leaf in leaves], again)
+    assert torch.equal(back.check().to_dense(), mask.to_dense())
+    assert torch.equal(back.layout.plan, mask.layout.plan)
+
+
+def test_saved_masks_are_loaded(tmp_path):
+    mask = SparseMask.from_pattern(masks.get("bigbird", 200), 200, 200)
+    torch.save(mask, tmp_path / "mask.pt")
+    back = torch.load(tmp_path / "mask.pt", weights_only=True).check()
+    assert torch.equal(back.to_dense(), mask.to_dense())
+    assert back.name == mask.name
 
 
 def test_damaged_lists_are_found():

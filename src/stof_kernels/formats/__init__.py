@@ -1,5 +1,6 @@
 """Formats: HOW a mask is stored and built."""
 
+from . import tree  # noqa: F401  (registers SparseMask as a pytree)
 from .cells import CELL
 from .layout import Layout
 from .sparse_mask import SparseMask

@@ -27,6 +27,23 @@ def four_dims(keep: Tensor, q_len: int | None, kv_len: int | None, what: str = "
     return keep.expand(-1, -1, keep.shape[2] if q_len is None else q_len, keep.shape[3] if kv_len is None else kv_len)
 
 
+def block_table(chosen: Tensor, block: int, q_len: int, kv_len: int) -> Tensor:
+    """``chosen`` as a 4-D bool table of blocks, (B, H, ceil(Lq/block), ceil(Lk/block)) with shared dimensions of size 1.
+
+    Bool is the table itself; integers (..., ceil(Lq/block), k) name the kept blocks of each row, as top-k gives them; entries
+    outside of the row, such as -1, name none. Nothing is read back from the device.
+    """
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"from_blocks: block is {block!r}, allowed: an integer >= 1")
+    rows, cols = -(-q_len // block), -(-kv_len // block)
+    if isinstance(chosen, Tensor) and chosen.dtype in (torch.int32, torch.int64) and 2 <= chosen.dim() <= 4:
+        # One column more takes the entries that name no block.
+        index = chosen.clamp(-1, cols).remainder(cols + 1).to(torch.int64)
+        table = torch.zeros(*chosen.shape[:-1], cols + 1, dtype=torch.bool, device=chosen.device)
+        chosen = table.scatter_(-1, index, True)[..., :cols]
+    return four_dims(chosen, rows, cols, what="keep_blocks")
+
+
 def check_sizes(where: str, q_len: int, kv_len: int, batch: int, heads: int) -> None:
     """Raise TypeError or ValueError unless lengths are integers >= 0 and plane counts integers >= 1."""
     for name, value, low in (("q_len", q_len, 0), ("kv_len", kv_len, 0), ("batch", batch, 1), ("heads", heads, 1)):

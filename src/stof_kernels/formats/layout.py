@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import raw
 from ..planner import BLOCK_WISE, KernelConfig, TileStats
+from .cells import CELL
 
 if TYPE_CHECKING:
     from .sparse_mask import SparseMask
@@ -50,29 +51,52 @@ def derive(mask: SparseMask, config: KernelConfig, copies: int) -> Layout:
         ptr, col, slot, bits, words = raw.build_layout(*mask.lists.tensors, *request)
         words[3] = config.shape
         return Layout(ptr, col, slot, bits, words)
-    # A packed tile of four runs holds at least one cell, and no more tiles exist than the matrix has.
-    strips, cols = -(-mask.q_len // config.q_tile), -(-mask.kv_len // TILE_KEYS)
-    tiles = min(mask.capacity, planes * strips * cols)
-    buffers = raw.empty_layout(mask.strip_ptr, mask.q_len, planes, *request[3:], tiles)
+    buffers = raw.empty_layout(mask.strip_ptr, mask.q_len, planes, *request[3:], *most_tiles(mask, config.q_tile))
     words = torch.tensor((*config.words, -1, -1, -1, 0), dtype=torch.int64)
     layout = Layout(*buffers, words)
     refresh(mask, layout, config, copies)
     return layout
 
 
+def most_tiles(mask: SparseMask, q_tile: int) -> tuple[int, int]:
+    """How many key tiles, and how many of them with a bitmap, a mask of fixed capacity can need for a query tile."""
+    query_tiles = mask.batch * mask.heads * -(-mask.q_len // q_tile)
+    cols = -(-mask.kv_len // TILE_KEYS)
+    everything = query_tiles * cols
+    if mask.block % TILE_KEYS or mask.block % q_tile:
+        # A packed tile of four runs holds at least one cell.
+        tiles = min(mask.capacity, everything)
+        return tiles, tiles
+    # Whole blocks fill their tiles, but for those that the end of the queries cuts, and one of each query tile that the end
+    # of the keys does.
+    cut_rows = mask.batch * mask.heads * cols if mask.q_len % q_tile else 0
+    cut_cols = query_tiles if mask.kv_len % TILE_KEYS else 0
+    whole = mask.capacity // (q_tile // CELL * (TILE_KEYS // CELL))
+    return min(whole + cut_rows + cut_cols, everything), min(max(1, cut_cols), max(1, everything))
+
+
 def tile_stats(mask: SparseMask) -> tuple[TileStats, ...]:
-    """Key tiles of the mask for each query tile that a CUDA kernel has; of full buffers where the capacity is fixed."""
-    planes, found = mask.batch * mask.heads, []
-    for q_tile in Q_TILES:
-        rows = planes * -(-mask.q_len // q_tile)
-        if mask.fixed:
-            most = -(-mask.kv_len // TILE_KEYS)
-            found.append(TileStats(q_tile, min(mask.capacity, rows * most), most))
-            continue
-        ptr, *_ = raw.build_layout(*mask.lists.tensors, mask.q_len, mask.kv_len, planes, q_tile, 0, 1)
-        header = ptr[:8].tolist()  # {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
-        found.append(TileStats(q_tile, header[3], header[5]))
-    return tuple(found)
+    """Key tiles for each query tile that a CUDA kernel has, of full buffers: for a mask of fixed capacity."""
+    longest = -(-mask.kv_len // TILE_KEYS)
+    return tuple(TileStats(q_tile, most_tiles(mask, q_tile)[0], longest) for q_tile in Q_TILES)
+
+
+def read_stats(mask: SparseMask) -> tuple[int, int, int, tuple[TileStats, ...]]:
+    """Listed cells, partial ones, kept positions and key tiles of a compact mask on CUDA, by one small read-back."""
+    sizes = mask.q_len, mask.kv_len, mask.batch * mask.heads
+    # Lists that are repeated for every plane share their bit rows, so partial cells are counted and not their rows.
+    listed = torch.arange(mask.capacity, device=mask.device) < mask.counts[0]
+    partial = ((mask.cell_slot >= 0) & listed).sum().view(1)
+    headers = [raw.layout_sizes(*mask.lists.tensors, *sizes, q_tile) for q_tile in Q_TILES]
+    numbers = torch.cat([mask.counts, partial, *headers]).tolist()
+    # A header is {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}.
+    tiles = (numbers[5 + 8 * i : 13 + 8 * i] for i in range(len(Q_TILES)))
+    return (
+        numbers[0],
+        numbers[4],
+        numbers[2],
+        tuple(TileStats(q_tile, header[3], header[5]) for q_tile, header in zip(Q_TILES, tiles, strict=True)),
+    )
 
 
 def refresh(mask: SparseMask, layout: Layout, config: KernelConfig, copies: int) -> None:

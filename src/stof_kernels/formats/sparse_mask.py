@@ -9,15 +9,16 @@ from torch import Tensor
 
 from ..kernels import raw
 from ..masks import MaskMod, Pattern, predicate
-from ..planner import AttentionProblem, KernelConfig, MaskStats, Plan, choose
+from ..planner import AttentionProblem, KernelConfig, MaskStats, Plan, TileStats, choose
 from . import cells
-from .arguments import buffer_sizes, check_sizes, four_dims
-from .blocks import can_write, write_blocks
+from .arguments import block_table, buffer_sizes, check_sizes, four_dims
 from .cells import CellLists
 from .device import device_spec
-from .layout import Layout, derive, refresh, tile_stats
+from .integrity import damage
+from .layout import Layout, derive, read_stats, refresh, tile_stats
 
-_TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts")
+TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts")
+"""Fields that hold the canonical lists."""
 
 
 @dataclass(eq=False, repr=False)
@@ -49,6 +50,8 @@ class SparseMask:
     heads: int = 1
     fixed: bool = False
     name: str = "mask"
+    block: int = cells.CELL
+    """Fixed buffers are sized for masks of whole blocks of this edge; another mask may need more than its cells say."""
     layout: Layout | None = None
     calls: dict = field(default_factory=dict, init=False)
     """Of `sparse_attention`: shapes of q and k it was called with, and what a call like that needs; see ops/."""
@@ -109,26 +112,28 @@ class SparseMask:
     ) -> SparseMask:
         """Mask of whole blocks: bool broadcastable to (B, H, ceil(Lq/block), ceil(Lk/block)), True = attend.
 
-        Work and memory are those of the kept blocks where ``block`` is a multiple of 16. Raises TypeError if not bool,
-        ValueError for a block below 1 or a table of the wrong size.
+        Or int32 or int64 (..., ceil(Lq/block), k): the kept blocks of each row of blocks by their numbers, as top-k gives them;
+        a number that is none, such as -1, keeps nothing. Work and memory are those of the kept blocks where ``block`` is a
+        multiple of 16. ``capacity`` as in `from_dense`, in 16 x 16 cells; on a GPU nothing is then read back, and the buffers
+        have no room for partial cells other than those at the last keys. Raises TypeError for another dtype, ValueError for a
+        block below 1 or a table of the wrong size.
         """
         check_sizes("from_blocks", q_len, kv_len, 1, 1)
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"from_blocks: block is {block!r}, allowed: an integer >= 1")
-        rows, cols = -(-q_len // block), -(-kv_len // block)
-        table = four_dims(keep_blocks, rows, cols, what="keep_blocks")
-        batch, heads = table.shape[:2]
-        name = f"blocks(block={block})"
-        if capacity is not None and table.is_cuda and can_write(block, kv_len):
-            # Nothing may be read back here, as in `from_dense`.
-            mask = cls._empty((batch, heads, q_len, kv_len), table.device, capacity, (0, 0), name)
-            write_blocks(mask.lists, table, block, q_len, kv_len)
-            return mask
-        if block % cells.CELL == 0:
-            lists = cells.lists_from_blocks(table, block, q_len, kv_len)
-        else:
+        table = block_table(keep_blocks, block, q_len, kv_len)
+        name, (batch, heads) = f"blocks(block={block})", table.shape[:2]
+        if block % cells.CELL:
+            # Its edges cut cells, so their positions are looked at.
             rule = predicate(lambda b, h, q, kv: table[b, h, q // block, kv // block], name="blocks")
             lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, table.device)
+        elif not table.is_cuda:
+            lists = cells.lists_from_blocks(table, block, q_len, kv_len)
+        elif capacity is None:
+            lists = CellLists(*raw.build_blocks(table, block, q_len, kv_len))
+        else:
+            # Nothing may be read back here, as in `from_dense`.
+            mask = cls._empty((batch, heads, q_len, kv_len), table.device, capacity, (0, 0), name, block)
+            mask._build_in_place(table, block)
+            return mask
         return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, name)
 
     @classmethod
@@ -148,11 +153,17 @@ class SparseMask:
         capacity: int | str | None,
         needed: tuple[int, int],
         name: str,
+        block: int = cells.CELL,
     ) -> SparseMask:
-        """Buffers without content: of the given capacity, or of the shape class of the ``needed`` (cells, bit rows)."""
+        """Buffers without content: of the given capacity, or of the shape class of the ``needed`` (cells, bit rows).
+
+        ``block`` as the field: blocks of more than a cell have partial cells at the last keys only.
+        """
         batch, heads, q_len, kv_len = shape
         strips = batch * heads * cells.n_strips(q_len)
         n_cells, n_bits = buffer_sizes(capacity, *needed, most=strips * cells.n_cols(kv_len))
+        if capacity is not None and block > cells.CELL:
+            n_bits = min(n_bits, strips if kv_len % cells.CELL else 1)
         return cls(
             strip_ptr=torch.zeros(strips + 1, dtype=torch.int32, device=device),
             cell_col=torch.zeros(n_cells, dtype=torch.int32, device=device),
@@ -165,6 +176,7 @@ class SparseMask:
             heads=heads,
             fixed=capacity is not None,
             name=name,
+            block=block,
         )
 
     # ---- content -----------------------------------------------------------------------------------------------------
@@ -176,53 +188,55 @@ class SparseMask:
         kernels use are derived again in place, and an oversized mask makes the output NaN (`check` says why). A compact mask
         raises ValueError if it does not fit or if a captured graph holds its sizes; the old mask then stays.
         """
-        table = self._as_planes("update_", "keep", keep, self.q_len, self.kv_len)
-        if self.fixed and self.device.type == "cuda":
-            raw.build_cells_out(table, *self.lists.tensors)
-            self._refresh_layouts()
-        else:
-            self._update_compact(CellLists(*raw.build_cells(table)))
-        self._forget_content()
-        self.name = "dense"
-        return self
+        table = self._as_planes("update_", "keep", four_dims(keep, self.q_len, self.kv_len))
+        return self._update(table, None, "dense")
 
     def update_blocks_(self, keep_blocks: Tensor, block: int) -> SparseMask:
         """Put whole blocks into the same buffers, as `update_` does with a dense mask but with work for the blocks alone.
 
-        ``keep_blocks``: bool, broadcastable to (batch, heads, ceil(q_len/block), ceil(kv_len/block)); ``block``: a multiple of
-        16. With fixed capacity on a GPU nothing is read back, so a captured graph replays with the tensor's new content; that
-        needs ``kv_len`` to be a multiple of 16, ValueError otherwise. What does not fit is treated as by `update_`.
+        ``keep_blocks``: the table or the numbers of the blocks as in `from_blocks`, for 1 or ``batch`` and ``heads`` planes;
+        ``block``: a multiple of 16. With fixed capacity on a GPU nothing is read back, so a captured graph replays with the
+        tensor's new content. What does not fit is treated as by `update_`.
         """
         if isinstance(block, bool) or not isinstance(block, int) or block < 1 or block % cells.CELL:
             raise ValueError(f"update_blocks_: block is {block!r}, allowed: a multiple of {cells.CELL}")
-        sizes = -(-self.q_len // block), -(-self.kv_len // block)
-        table = self._as_planes("update_blocks_", "keep_blocks", keep_blocks, *sizes)
-        if self.fixed and self.device.type == "cuda":
-            if not can_write(block, self.kv_len):
-                raise ValueError(
-                    f"update_blocks_: kv_len is {self.kv_len}, allowed with fixed capacity: a multiple of {cells.CELL}"
-                )
-            write_blocks(self.lists, table, block, self.q_len, self.kv_len)
-            self._refresh_layouts()
-        else:
-            self._update_compact(cells.lists_from_blocks(table, block, self.q_len, self.kv_len))
-        self._forget_content()
-        self.name = f"blocks(block={block})"
-        return self
+        table = block_table(keep_blocks, block, self.q_len, self.kv_len)
+        table = self._as_planes("update_blocks_", "keep_blocks", table)
+        return self._update(table, block, f"blocks(block={block})")
 
-    def _as_planes(self, where: str, what: str, keep: Tensor, rows: int, cols: int) -> Tensor:
-        """``keep`` expanded to (batch, heads, rows, cols), or one clear error."""
-        table = four_dims(keep, rows, cols, what=what)
+    def _as_planes(self, where: str, what: str, table: Tensor) -> Tensor:
+        """A 4-D table of this mask's lengths, expanded to its planes, or one clear error."""
         if table.device != self.device:
             raise ValueError(f"{where}: {what} is on {table.device}, allowed: the mask's device {self.device}")
         if table.shape[0] not in (1, self.batch) or table.shape[1] not in (1, self.heads):
-            allowed = (self.batch, self.heads, rows, cols)
-            raise ValueError(f"{where}: {what} has shape {tuple(keep.shape)}, allowed: broadcastable to {allowed}")
+            allowed = (self.batch, self.heads, *table.shape[2:])
+            raise ValueError(f"{where}: {what} has shape {tuple(table.shape)}, allowed: broadcastable to {allowed}")
         return table.expand(self.batch, self.heads, -1, -1)
 
-    def _refresh_layouts(self) -> None:
-        for (config, copies), layout in self._layouts.items():
-            refresh(self, layout, config, copies)
+    def _update(self, table: Tensor, block: int | None, name: str) -> SparseMask:
+        if self.fixed and self.device.type == "cuda":
+            self._build_in_place(table, block)
+            for (config, copies), layout in self._layouts.items():
+                refresh(self, layout, config, copies)
+        else:
+            exact = CellLists(*raw.build_cells(table)) if block is None else self._lists_of_blocks(table, block)
+            self._update_compact(exact)
+        self._forget_content()
+        self.name = name
+        return self
+
+    def _build_in_place(self, table: Tensor, block: int | None) -> None:
+        """The lists of a dense mask (Bm, Hm, Lq, Lk), or of a table of blocks, into the buffers; CUDA, no read-back."""
+        if block is None:
+            raw.build_cells_out(table, *self.lists.tensors)
+        else:
+            raw.build_blocks_out(table, block, self.q_len, self.kv_len, *self.lists.tensors)
+
+    def _lists_of_blocks(self, table: Tensor, block: int) -> CellLists:
+        """Exact lists of a table of blocks, built where it lies."""
+        if table.is_cuda:
+            return CellLists(*raw.build_blocks(table, block, self.q_len, self.kv_len))
+        return cells.lists_from_blocks(table, block, self.q_len, self.kv_len)
 
     def _update_compact(self, lists: CellLists) -> None:
         """Take over exact-size lists whose sizes are known on the host."""
@@ -275,12 +289,17 @@ class SparseMask:
         if overflow:
             raise ValueError(
                 f"mask {self.name}: {listed} non-empty cells ({bit_rows} partial) do not fit the fixed capacity of "
-                f"{self.capacity} cells; results computed with it are NaN; build with a larger capacity="
+                f"{self.capacity} cells{self._room}; results computed with it are NaN; build with a larger capacity="
             )
-        problem = _damage(self, listed, bit_rows)
+        problem = damage(self.lists, self.kv_len, listed, bit_rows)
         if problem:
             raise ValueError(f"mask {self.name}: {problem}")
         return self
+
+    @property
+    def _room(self) -> str:
+        """What else the buffers were sized for, as words."""
+        return f" in whole blocks of {self.block}" if self.block > cells.CELL else ""
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -314,13 +333,16 @@ class SparseMask:
         if "stats" not in self._cache:
             planes = self.batch * self.heads
             strips, cols = planes * cells.n_strips(self.q_len), cells.n_cols(self.kv_len)
+            tiles: tuple[TileStats, ...] = ()
             if self.fixed:
                 n = min(self.capacity, strips * cols)
-                listed, partial, kept = n, n, n * cells.CELL**2
+                listed, partial, kept = n, min(n, self.cell_bits.shape[0]), n * cells.CELL**2
+                tiles = tile_stats(self) if self.device.type == "cuda" else ()
+            elif self.device.type == "cuda":
+                listed, partial, kept, tiles = read_stats(self)
             else:
                 listed, _, kept, _ = self.counts.tolist()
                 partial = int((self.cell_slot[:listed] >= 0).sum())
-            tiles = tile_stats(self) if self.device.type == "cuda" else ()
             self._cache["stats"] = MaskStats(listed, partial, kept, strips, cols, planes, tiles)
         return self._cache["stats"]
 
@@ -381,7 +403,7 @@ class SparseMask:
         device = torch.device(device)
         if device == self.device or (device.index is None and device.type == self.device.type):
             return self
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS}, layout=None)
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS}, layout=None)
 
     def __getstate__(self) -> dict:
         """For copies and pickles: the content. What was derived from it points into this mask's memory."""
@@ -398,39 +420,3 @@ class SparseMask:
 def _problem_key(q: Tensor, k: Tensor) -> tuple:
     """What a plan depends on besides the mask."""
     return q.shape, k.shape, q.dtype, torch.get_num_threads()
-
-
-def _damage(mask: SparseMask, listed: int, bit_rows: int) -> str | None:
-    """What is wrong with the lists, or None."""
-    ptr = mask.strip_ptr
-    if int(ptr[0]) != 0 or int(ptr[-1]) != listed or bool((ptr.diff() < 0).any()):
-        return f"strip_ptr does not rise from 0 to the {listed} listed cells"
-    col, slot = mask.cell_col[:listed], mask.cell_slot[:listed]
-    if listed and (int(col.min()) < 0 or int(col.max()) >= cells.n_cols(mask.kv_len)):
-        return f"cell_col leaves 0..{cells.n_cols(mask.kv_len) - 1}"
-    first = torch.zeros(listed + 1, dtype=torch.bool, device=col.device)
-    first[ptr.to(torch.int64)] = True
-    if bool(((col.diff() <= 0) & ~first[1:listed]).any()):
-        return "cell_col does not ascend inside a strip"
-    if listed and (int(slot.min()) < -1 or int(slot.max()) >= bit_rows):
-        return f"cell_slot leaves -1..{bit_rows - 1}"
-    return None
-
-
-def _flatten(mask: SparseMask) -> tuple[list[Tensor], tuple]:
-    tensors = [getattr(mask, name) for name in _TENSORS]
-    static = tuple(
-        (f.name, getattr(mask, f.name)) for f in fields(mask) if f.init and f.name not in (*_TENSORS, "layout")
-    )
-    return [*tensors, *(mask.layout.tensors if mask.layout else ())], static
-
-
-def _unflatten(tensors: list[Tensor], static: tuple) -> SparseMask:
-    n = len(_TENSORS)
-    layout = Layout(*tensors[n:]) if len(tensors) > n else None
-    return SparseMask(*tensors[:n], **dict(static), layout=layout)
-
-
-torch.utils._pytree.register_pytree_node(
-    SparseMask, _flatten, _unflatten, serialized_type_name="stof_kernels.SparseMask"
-)

@@ -153,6 +153,44 @@ def build_cells_out(
     torch.ops.stof.build_cells_out.default(keep, strip_ptr, cell_col, cell_slot, cell_bits, counts)
 
 
+def build_blocks(keep: Tensor, block: int, q_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.stof.build_blocks`` (CUDA): cell lists, of exact size, of whole blocks.
+
+    ``keep`` is bool (Bm, Hm, ceil(Lq/block), ceil(Lk/block)) of any strides, ``block`` a multiple of 16. One small read-back.
+    """
+    _cuda_ready or load_cuda()
+    return torch.ops.stof.build_blocks.default(keep, block, q_len, kv_len)
+
+
+def build_blocks_out(keep: Tensor, block: int, q_len: int, kv_len: int, *lists: Tensor) -> None:
+    """``torch.ops.stof.build_blocks_out`` (CUDA): `build_blocks` into strip_ptr, cell_col, cell_slot, cell_bits and counts.
+
+    Nothing is read back; over capacity as in `build_cells_out`.
+    """
+    _cuda_ready or load_cuda()
+    torch.ops.stof.build_blocks_out.default(keep, block, q_len, kv_len, *lists)
+
+
+def layout_sizes(
+    strip_ptr: Tensor,
+    cell_col: Tensor,
+    cell_slot: Tensor,
+    cell_bits: Tensor,
+    counts: Tensor,
+    q_len: int,
+    kv_len: int,
+    planes: int,
+    q_tile: int,
+) -> Tensor:
+    """``torch.ops.stof.layout_sizes`` (CUDA): int32 (8,) on the device, the header of a layout without cuts.
+
+    {work items, parts, combines, key tiles, bitmap slots, key tiles of the longest item, 0, 0}; nothing is read back.
+    """
+    _cuda_ready or load_cuda()
+    lists = strip_ptr, cell_col, cell_slot, cell_bits, counts
+    return torch.ops.stof.layout_sizes.default(*lists, q_len, kv_len, planes, q_tile)
+
+
 def build_layout(
     strip_ptr: Tensor,
     cell_col: Tensor,
@@ -188,11 +226,22 @@ def build_layout_out(*args: Tensor | int) -> None:
 
 
 def empty_layout(
-    strip_ptr: Tensor, q_len: int, planes: int, q_tile: int, kv_chunk: int, copies: int, tiles: int
+    strip_ptr: Tensor,
+    q_len: int,
+    planes: int,
+    q_tile: int,
+    kv_chunk: int,
+    copies: int,
+    tiles: int,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``torch.ops.stof.empty_layout`` (CUDA): buffers for `build_layout_out` with room for ``tiles`` key tiles."""
+    """``torch.ops.stof.empty_layout`` (CUDA): buffers for `build_layout_out` with room for ``tiles`` key tiles.
+
+    ``slots`` of them (default: all) may be other than full, and have a bitmap.
+    """
     _cuda_ready or load_cuda()
-    return torch.ops.stof.empty_layout.default(strip_ptr, q_len, planes, q_tile, kv_chunk, copies, tiles)
+    slots = tiles if slots is None else slots
+    return torch.ops.stof.empty_layout.default(strip_ptr, q_len, planes, q_tile, kv_chunk, copies, tiles, slots)
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

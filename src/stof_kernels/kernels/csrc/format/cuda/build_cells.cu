@@ -1,5 +1,5 @@
-// Dense bool mask -> canonical cell lists, in three launches: bitmaps of all cells and counts per strip (the only pass over
-// the dense mask), a scan over the strips, and the lists.
+// Dense bool mask, or table of whole blocks -> canonical cell lists, in three launches: counts per strip (of a dense mask with
+// the bitmaps of all cells, the only pass over it), a scan over the strips, and the lists.
 #include "format.h"
 #include "scan.cuh"
 
@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kCell = 16;
 constexpr int kPackThreads = 256;
-constexpr int kScanThreads = 1024;
+constexpr int kScanThreads = 1024, kScanRun = 8;  // strips of a thread in one round of the scan
+constexpr int kBlockWarps = 8;
 
 __host__ __device__ inline int cells_of(int length) { return (length + kCell - 1) / kCell; }
 
@@ -77,16 +78,22 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(DenseMask mask, Cell
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScratch scratch, CellBuffers out) {
   __shared__ int64_t shared[kScanThreads / 32 + 1];
   int64_t cells = 0, slots = 0, kept = 0;
-  for (int base = 0; base < strips; base += kScanThreads) {
-    const int i = base + threadIdx.x;
-    const int4 strip = i < strips ? scratch.strips[i] : make_int4(0, 0, 0, 0);
+  for (int base = 0; base < strips; base += kScanThreads * kScanRun) {
+    const int first = base + threadIdx.x * kScanRun, end = min(first + kScanRun, strips);
+    int64_t my_cells = 0, my_slots = 0, my_kept = 0;
+    for (int i = first; i < end; ++i) {
+      const int4 strip = scratch.strips[i];
+      my_cells += strip.x, my_slots += strip.y, my_kept += strip.z;
+    }
     int64_t cell_sum, slot_sum, kept_sum;
-    const int64_t cell = cells + block_exclusive_scan<int64_t>(strip.x, shared, cell_sum);
-    const int64_t slot = slots + block_exclusive_scan<int64_t>(strip.y, shared, slot_sum);
-    block_exclusive_scan<int64_t>(strip.z, shared, kept_sum);
-    if (i < strips) {
+    int64_t cell = cells + block_exclusive_scan<int64_t>(my_cells, shared, cell_sum);
+    int64_t slot = slots + block_exclusive_scan<int64_t>(my_slots, shared, slot_sum);
+    block_exclusive_scan<int64_t>(my_kept, shared, kept_sum);
+    for (int i = first; i < end; ++i) {
+      const int4 strip = scratch.strips[i];
       out.strip_ptr[i] = static_cast<int>(min(cell, out.cell_capacity));
       scratch.strips[i].w = static_cast<int>(min(slot, static_cast<int64_t>(0x7fffffff)));
+      cell += strip.x, slot += strip.y;
     }
     cells += cell_sum;
     slots += slot_sum;
@@ -136,7 +143,65 @@ __global__ void __launch_bounds__(kPackThreads) emit_kernel(DenseMask mask, Cell
   }
 }
 
+// Row `row` of the table of a plane: which blocks of keys its queries attend to.
+__device__ __forceinline__ const uint8_t* table_row(const BlockTable& table, int plane, int row) {
+  return table.data + plane / table.heads * table.batch_stride + plane % table.heads * table.head_stride +
+         static_cast<int64_t>(row) * table.row_stride;
+}
+
+// A warp per row of blocks: all of its strips list the same cells.
+__global__ void __launch_bounds__(kBlockWarps * 32) count_blocks_kernel(BlockTable table, CellScratch scratch) {
+  const int rows = (table.q_len + table.block - 1) / table.block, cols = (table.kv_len + table.block - 1) / table.block;
+  const int index = blockIdx.x * kBlockWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (index >= table.planes * rows) return;
+  const int plane = index / rows, row = index % rows, ratio = table.block / kCell, cells = cells_of(table.kv_len);
+  const uint8_t* kept_blocks = table_row(table, plane, row);
+  int listed = 0, last = 0;
+  for (int kb = lane; kb < cols; kb += 32) {
+    if (kept_blocks[kb * table.col_stride] == 0) continue;
+    listed += min(ratio, cells - kb * ratio);
+    last |= kb == cols - 1;
+  }
+  listed = __reduce_add_sync(0xffffffffu, listed);
+  const int ragged = table.kv_len % kCell, partial = ragged != 0 && __any_sync(0xffffffffu, last);
+  const int keys = (listed - partial) * kCell + partial * ragged, strips = cells_of(table.q_len);
+  for (int strip = row * ratio + lane; strip < min(strips, (row + 1) * ratio); strip += 32)
+    scratch.strips[static_cast<int64_t>(plane) * strips + strip] =
+        make_int4(listed, partial, keys * min(kCell, table.q_len - strip * kCell), 0);
+}
+
+// A warp per strip.
+__global__ void __launch_bounds__(kBlockWarps * 32) emit_blocks_kernel(BlockTable table, CellScratch scratch,
+                                                                      CellBuffers out) {
+  const int strips = cells_of(table.q_len), cells = cells_of(table.kv_len);
+  const int index = blockIdx.x * kBlockWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (index >= table.planes * strips) return;
+  const int plane = index / strips, strip = index % strips, ratio = table.block / kCell, ragged = table.kv_len % kCell;
+  const int cols = (table.kv_len + table.block - 1) / table.block;
+  const uint8_t* kept_blocks = table_row(table, plane, strip / ratio);
+  const int64_t slot = scratch.strips[index].w;
+  int64_t next = out.strip_ptr[index];
+  for (int base = 0; base < cols; base += 32) {
+    const int kb = base + lane;
+    const bool kept = kb < cols && kept_blocks[kb * table.col_stride] != 0;
+    const uint32_t all = __ballot_sync(0xffffffffu, kept);
+    const int64_t at = next + __popc(all & ((1u << lane) - 1)) * ratio;
+    for (int i = 0; kept && i < ratio; ++i) {
+      const int col = kb * ratio + i;
+      if (col >= cells || at + i >= out.cell_capacity) break;
+      const bool partial = ragged != 0 && col == cells - 1;
+      out.cell_col[at + i] = col;
+      out.cell_slot[at + i] = partial ? static_cast<int>(min(slot, out.bit_capacity - 1)) : -1;
+    }
+    next += __popc(all) * ratio;
+  }
+  if (ragged != 0 && kept_blocks[(cols - 1) * table.col_stride] != 0 && slot < out.bit_capacity && lane < kCell)
+    out.cell_bits[slot * kCell + lane] = strip * kCell + lane < table.q_len ? static_cast<uint16_t>((1 << ragged) - 1) : 0;
+}
+
 int all_strips(const DenseMask& mask) { return mask.planes * cells_of(mask.q_len); }
+
+unsigned warps_to_blocks(int64_t warps) { return static_cast<unsigned>((warps + kBlockWarps - 1) / kBlockWarps); }
 
 }  // namespace
 
@@ -150,14 +215,28 @@ cudaError_t pack_cells(const DenseMask& mask, const CellScratch& scratch, cudaSt
   return cudaGetLastError();
 }
 
-cudaError_t scan_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
-  scan_kernel<<<1, kScanThreads, 0, stream>>>(all_strips(mask), scratch, out);
+cudaError_t scan_cells(int strips, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
+  scan_kernel<<<1, kScanThreads, 0, stream>>>(strips, scratch, out);
   return cudaGetLastError();
 }
 
 cudaError_t emit_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
   if (all_strips(mask) == 0) return cudaSuccess;
   emit_kernel<<<all_strips(mask), kPackThreads, 0, stream>>>(mask, scratch, out);
+  return cudaGetLastError();
+}
+
+cudaError_t count_blocks(const BlockTable& table, const CellScratch& scratch, cudaStream_t stream) {
+  const int64_t rows = int64_t{table.planes} * ((table.q_len + table.block - 1) / table.block);
+  if (rows == 0) return cudaSuccess;
+  count_blocks_kernel<<<warps_to_blocks(rows), kBlockWarps * 32, 0, stream>>>(table, scratch);
+  return cudaGetLastError();
+}
+
+cudaError_t emit_blocks(const BlockTable& table, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
+  const int64_t strips = int64_t{table.planes} * cells_of(table.q_len);
+  if (strips == 0 || table.kv_len == 0) return cudaSuccess;
+  emit_blocks_kernel<<<warps_to_blocks(strips), kBlockWarps * 32, 0, stream>>>(table, scratch, out);
   return cudaGetLastError();
 }
 

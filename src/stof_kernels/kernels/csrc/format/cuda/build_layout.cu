@@ -13,15 +13,18 @@ constexpr int kTileThreads = 256;
 
 __host__ __device__ inline int blocks_of(int length, int block) { return (length + block - 1) / block; }
 
-// Bitmaps over the key cells of one query tile, in shared memory.
+// Bitmaps over the key cells of one query tile, in shared memory: listed in some strip, full in every strip. What follows them
+// is scratch: the columns full in each strip, and later the ranks.
 struct Columns {
-  uint32_t *any, *full, *strip;  // listed in some strip; full in every strip; full in the strip at hand
+  uint32_t *any, *full;
   int words;
+
+  __device__ __forceinline__ uint32_t* scratch() const { return full + words; }
 };
 
 __device__ __forceinline__ Columns columns_in(uint32_t* shared, int kv_len) {
   const int words = blocks_of(blocks_of(kv_len, kCell), 32);
-  return {shared, shared + words, shared + 2 * words, words};
+  return {shared, shared + words, words};
 }
 
 struct QueryTile {
@@ -35,21 +38,46 @@ __device__ __forceinline__ QueryTile query_tile(const CellView& cells, int q_til
   return {plane * strips + first, min(q_tile / kCell, strips - first)};
 }
 
-__device__ void collect(const CellView& cells, const QueryTile& tile, const Columns& columns) {
-  const int width = blocks_of(cells.kv_len, kCell);
-  for (int w = threadIdx.x; w < columns.words; w += kTileThreads) columns.any[w] = 0, columns.full[w] = 0xffffffffu;
-  for (int s = 0; s < tile.strips; ++s) {
-    for (int w = threadIdx.x; w < columns.words; w += kTileThreads) columns.strip[w] = 0;
-    __syncthreads();
+// ORs each lane's bit into its word. Neighbouring lanes mostly share a word (lists ascend), and one of them speaks for all.
+__device__ __forceinline__ void set_bits(uint32_t* any, uint32_t* full, int word, uint32_t bit, bool is_full) {
+  const int lane = threadIdx.x & 31;
+  uint32_t listed = bit, whole = is_full ? bit : 0;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_down_sync(0xffffffffu, word, step);
+    const uint32_t more = __shfl_down_sync(0xffffffffu, listed, step), more_whole = __shfl_down_sync(0xffffffffu, whole, step);
+    if (lane + step < 32 && other == word) listed |= more, whole |= more_whole;
+  }
+  const int before = __shfl_up_sync(0xffffffffu, word, 1);
+  if (word < 0 || (lane > 0 && before == word)) return;
+  atomicOr(any + word, listed);
+  if (whole != 0) atomicOr(full + word, whole);
+}
+
+// Warps share the strips out evenly; a query tile has 4 or 8, a block 8 warps.
+__device__ void collect(const CellView& cells, const QueryTile& tile, int q_tile, const Columns& columns) {
+  const int width = blocks_of(cells.kv_len, kCell), words = columns.words;
+  uint32_t* full_in = columns.scratch();
+  for (int w = threadIdx.x; w < words; w += kTileThreads) columns.any[w] = 0;
+  for (int w = threadIdx.x; w < words * tile.strips; w += kTileThreads) full_in[w] = 0;
+  __syncthreads();
+  const int threads = kTileThreads / (q_tile / kCell);  // per strip; whole warps
+  const int s = threadIdx.x / threads;
+  if (s < tile.strips) {
     const int first = __ldg(cells.strip_ptr + tile.first_strip + s), end = __ldg(cells.strip_ptr + tile.first_strip + s + 1);
-    for (int i = first + threadIdx.x; i < end; i += kTileThreads) {
-      const int col = __ldg(cells.cell_col + i);
-      if (static_cast<unsigned>(col) >= static_cast<unsigned>(width)) continue;
-      atomicOr(columns.any + col / 32, 1u << col % 32);
-      if (__ldg(cells.cell_slot + i) < 0) atomicOr(columns.strip + col / 32, 1u << col % 32);
+    const int lane = threadIdx.x & 31;
+    for (int base = first + threadIdx.x % threads - lane; base < end; base += threads) {
+      const int i = base + lane, col = i < end ? __ldg(cells.cell_col + i) : -1;
+      const bool listed = static_cast<unsigned>(col) < static_cast<unsigned>(width);
+      set_bits(columns.any, full_in + s * words, listed ? col / 32 : -1, listed ? 1u << col % 32 : 0,
+               listed && __ldg(cells.cell_slot + i) < 0);
     }
-    __syncthreads();
-    for (int w = threadIdx.x; w < columns.words; w += kTileThreads) columns.full[w] &= columns.strip[w];
+  }
+  __syncthreads();
+  for (int w = threadIdx.x; w < words; w += kTileThreads) {
+    uint32_t full = columns.any[w];
+    for (int other = 0; other < tile.strips; ++other) full &= full_in[other * words + w];
+    columns.full[w] = full;
   }
   __syncthreads();
 }
@@ -58,11 +86,11 @@ __global__ void __launch_bounds__(kTileThreads) count_kernel(CellView cells, int
   extern __shared__ uint32_t bitmaps[];
   __shared__ int shared[kTileThreads / 32 + 1];
   const Columns columns = columns_in(bitmaps, cells.kv_len);
-  collect(cells, query_tile(cells, q_tile), columns);
+  collect(cells, query_tile(cells, q_tile), q_tile, columns);
   int any = 0, full = 0;
   for (int w = threadIdx.x; w < columns.words; w += kTileThreads) {
     any += __popc(columns.any[w]);
-    full += __popc(columns.full[w] & columns.any[w]);
+    full += __popc(columns.full[w]);
   }
   int any_sum, full_sum;
   block_exclusive_scan(any, shared, any_sum);
@@ -83,7 +111,7 @@ struct Ranks {
   // Position 4 * tile + run of a listed column.
   __device__ __forceinline__ int position(int col) const {
     const int word = col / 32;
-    const uint32_t below = (1u << col % 32) - 1, any = columns.any[word], full = columns.full[word] & any;
+    const uint32_t below = (1u << col % 32) - 1, any = columns.any[word], full = columns.full[word];
     if (full >> col % 32 & 1) return full_before[word] + __popc(full & below);  // those left over start the mixed tiles
     return 4 * full_tiles + full_left + rest_before[word] + __popc(any & ~full & below);
   }
@@ -132,13 +160,13 @@ __global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, Layo
   __shared__ int shared[kTileThreads / 32 + 1];
   const QueryTile tile = query_tile(cells, out.q_tile);
   const Columns columns = columns_in(bitmaps, cells.kv_len);
-  collect(cells, tile, columns);
-  int* full_before = reinterpret_cast<int*>(bitmaps + 3 * columns.words);
+  collect(cells, tile, out.q_tile, columns);
+  int* full_before = reinterpret_cast<int*>(columns.scratch());
   int* rest_before = full_before + columns.words;
   int full_count = 0, rest_count = 0;
   for (int base = 0; base < columns.words; base += kTileThreads) {
     const int w = base + threadIdx.x;
-    const uint32_t any = w < columns.words ? columns.any[w] : 0, full = w < columns.words ? columns.full[w] & any : 0;
+    const uint32_t any = w < columns.words ? columns.any[w] : 0, full = w < columns.words ? columns.full[w] : 0;
     int full_sum, rest_sum;
     const int full_rank = full_count + block_exclusive_scan(__popc(full), shared, full_sum);
     const int rest_rank = rest_count + block_exclusive_scan(__popc(any & ~full), shared, rest_sum);
@@ -178,8 +206,16 @@ __global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, Layo
 
 int query_tiles_of(const CellView& cells, int q_tile) { return cells.planes * blocks_of(cells.q_len, q_tile); }
 
-size_t bitmap_bytes(const CellView& cells, int arrays) {
-  return sizeof(uint32_t) * arrays * blocks_of(blocks_of(cells.kv_len, kCell), 32);
+// Bitmaps of the columns and what collect() and fill_kernel keep beside them.
+size_t bitmap_bytes(const CellView& cells, int q_tile) {
+  return sizeof(uint32_t) * (2 + q_tile / kCell) * blocks_of(blocks_of(cells.kv_len, kCell), 32);
+}
+
+// Very long key sequences need more shared memory than a kernel gets without asking.
+template <typename Kernel>
+cudaError_t allow(Kernel kernel, size_t bytes) {
+  if (bytes <= 40 * 1024) return cudaSuccess;  // 48 KiB, less what is static
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 }  // namespace
@@ -187,14 +223,20 @@ size_t bitmap_bytes(const CellView& cells, int arrays) {
 cudaError_t count_tiles(const CellView& cells, int q_tile, int* query_tiles, cudaStream_t stream) {
   const int blocks = query_tiles_of(cells, q_tile);
   if (blocks == 0) return cudaSuccess;
-  count_kernel<<<blocks, kTileThreads, bitmap_bytes(cells, 3), stream>>>(cells, q_tile, query_tiles);
+  const size_t bytes = bitmap_bytes(cells, q_tile);
+  const cudaError_t error = allow(count_kernel, bytes);
+  if (error != cudaSuccess) return error;
+  count_kernel<<<blocks, kTileThreads, bytes, stream>>>(cells, q_tile, query_tiles);
   return cudaGetLastError();
 }
 
 cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, const int* query_tiles, cudaStream_t stream) {
   const int blocks = query_tiles_of(cells, out.q_tile);
   if (blocks == 0) return cudaSuccess;
-  fill_kernel<<<blocks, kTileThreads, bitmap_bytes(cells, 5), stream>>>(cells, out, query_tiles);
+  const size_t bytes = bitmap_bytes(cells, out.q_tile);
+  const cudaError_t error = allow(fill_kernel, bytes);
+  if (error != cudaSuccess) return error;
+  fill_kernel<<<blocks, kTileThreads, bytes, stream>>>(cells, out, query_tiles);
   return cudaGetLastError();
 }
 

@@ -14,6 +14,13 @@ struct DenseMask {
   int heads, planes, q_len, kv_len;
 };
 
+// A bool table of whole blocks of `block` x `block` positions, a multiple of 16: strides in entries.
+struct BlockTable {
+  const uint8_t* data;
+  int64_t batch_stride, head_stride, row_stride, col_stride;
+  int heads, planes, q_len, kv_len, block;
+};
+
 // The canonical lists and their capacities; strips and cells are per plane.
 struct CellBuffers {
   int *strip_ptr, *cell_col, *cell_slot;
@@ -22,21 +29,23 @@ struct CellBuffers {
   int64_t cell_capacity, bit_capacity;
 };
 
-// Scratch of build_cells: all bitmaps, listed or not, and per strip {cells, partial cells, kept pairs, first slot}.
+// Scratch of the builders: all bitmaps of a dense mask, listed or not, and per strip {cells, partial cells, kept pairs, first slot}.
 struct CellScratch {
   uint16_t* words;  // (planes * strips, cells, 16)
   int4* strips;     // (planes * strips)
 };
 
 cudaError_t pack_cells(const DenseMask& mask, const CellScratch& scratch, cudaStream_t stream);
-cudaError_t scan_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
+cudaError_t count_blocks(const BlockTable& table, const CellScratch& scratch, cudaStream_t stream);
+cudaError_t scan_cells(int strips, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
 cudaError_t emit_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
+cudaError_t emit_blocks(const BlockTable& table, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
 
 // The canonical lists as input of the layout.
 struct CellView {
   const int *strip_ptr, *cell_col, *cell_slot;
   const uint16_t* cell_bits;
-  const int64_t* counts;
+  int64_t* counts;  // a layout that does not fit sets the overflow
   int planes, q_len, kv_len;
 };
 

@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
     const int values[kHeaderInts] = {items, parts, combines, static_cast<int>(min(total, int64_t{0x7fffffff})),
                                      static_cast<int>(min(slots, int64_t{0x7fffffff})), longest_item, over, 0};
     for (int k = 0; k < kHeaderInts; ++k) out.header[k] = values[k];
+    if (over && out.item_capacity > 0) cells.counts[3] = 1;  // so that every kernel and SparseMask.check say so
   }
 }
 
