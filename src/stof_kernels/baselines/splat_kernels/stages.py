@@ -133,12 +133,10 @@ class SddmmStage:
         self.flags = {**_flags(mask, blocks[0]), "BM": config.rows, "BN": config.columns, "ALIGN": align}
         self.anchors, self.map = upload(mask.device, anchors, _order(blocks[0]))
 
-    def launch(self, job: Job) -> None:
-        """Write the scores."""
-        if not self.tiles:
-            return
+    def launch(self, job: Job) -> object:
+        """Write the scores; returns the compiled kernel."""
         mask, (size, d) = self.mask, job.q.shape[2:]
-        kernels.sddmm[(self.tiles, job.planes)](
+        return kernels.sddmm[(self.tiles, job.planes)](
             job.q, job.k, job.scores, self.anchors, self.map, mask.stride, mask.offset, mask.count, mask.base,
             job.scale, size, self.blocks.positions, mask.height, mask.pitch // 8,
             D=d, BD=min(64, power_of_two(d)), SIMT=job.simt, **self.flags, num_warps=self.config.warps,
@@ -156,10 +154,10 @@ class SoftmaxStage:
         self.mask, self.config = mask, config
         (self.map,) = upload(mask.device, np.zeros(1) if mask.rows is None else mask.rows)
 
-    def launch(self, job: Job) -> None:
-        """Turn scores into probabilities."""
+    def launch(self, job: Job) -> object:
+        """Turn scores into probabilities; returns the compiled kernel."""
         mask, rows = self.mask, self.config.rows
-        kernels.softmax[(-(-mask.height // rows), job.planes)](
+        return kernels.softmax[(-(-mask.height // rows), job.planes)](
             job.scores, job.probs, mask.total, self.map, mask.height, mask.pitch // 8,
             BM=rows, BN=power_of_two(mask.width), GROUPED=mask.rows is not None, num_warps=self.config.warps,
         )  # fmt: skip
@@ -179,11 +177,11 @@ class SpmmStage:
         self.start, self.end, self.step, self.map = upload(mask.device, *spans, blocks[0].step, _order(blocks[0]))
         self.flags = {**_flags(mask, blocks[0]), "BM": config.rows, "BK": config.inner}
 
-    def launch(self, job: Job, out: Tensor) -> None:
-        """Write this mask's rows of ``out`` (B, H, S, D)."""
+    def launch(self, job: Job, out: Tensor) -> object:
+        """Write this mask's rows of ``out`` (B, H, S, D); returns the compiled kernel."""
         mask, (size, d) = self.mask, job.v.shape[2:]
         wide = min(128 if self.config.rows <= 32 else 64, power_of_two(d))
-        kernels.spmm[(-(-d // wide), self.count, job.planes)](
+        return kernels.spmm[(-(-d // wide), self.count, job.planes)](
             job.probs, job.v, out, self.start, self.end, self.step, self.map, mask.offset, mask.count, mask.base,
             size, self.blocks.positions, mask.height, mask.pitch // 8, self.count,
             D=d, BD=wide, SIMT=job.simt, **self.flags, num_warps=self.config.warps,
