@@ -1,8 +1,8 @@
 """The experiment ``mask_build``: how long each method takes to bring a mask into its own form, and the memory it takes.
 
 A cell gives one ``mask_build_time`` row per form (named in ``operator``): wall time of a call, read-backs included, warm. Forms
-that never touch the host also have a ``device_time``, from replays of a CUDA graph. ``peak_memory`` is what a build held for a
-while and gave back: temporaries, without the mask itself.
+that never touch the host also have a ``device_time``, from replays of a CUDA graph. ``peak_memory``, on CUDA, is what a build
+held for a while and gave back: temporaries, without the mask itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stof_kernels.baselines import Problem
 
 from .attention_masks import HeadBlocks
-from .attention_memory import NOT_COUNTED, peak_of
+from .attention_memory import peak_of
 from .cell import Measured, failure, kept_of, numbers_of, rows_or_reason, shared_tensors
 from .experiments import Cell
 from .measurement import Measurement
@@ -66,8 +66,7 @@ def _rows(problem: Problem, job: Measured, form: Form, kept: float) -> Iterator[
     built = time_alone(form.build, problem.device, job.budget.max_samples, job.budget.budget_s)
     yield job.row(problem, "mask_build_time", **numbers_of(built), **place, exact=True)
     if problem.device == "cpu":
-        yield job.row(problem, "peak_memory", **place, status="unsupported", note=NOT_COUNTED)
-        return
+        return  # torch counts the memory of its CUDA allocator only
     if form.on_device:
         arm = device_arm(form.build, problem.device, job.budget)
         times = [t for turn in interleave([arm], job.budget)[0] for t in turn]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _MIB = 2.0**20
-NOT_COUNTED = "torch counts the memory of its CUDA allocator only"
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _SPECS = (
     FigureSpec("fig13", "The tuner's own work as a share of tuning time", ("overhead",), "fig13.rst"),
     FigureSpec("table4", "Tuning time", ("tuning_cost",), "table4.rst"),
     FigureSpec("crossover", "Row-wise or block-wise", ("planner",), "crossover.rst"),
+    FigureSpec("scaling", "Time over the kept pairs and over the length", ("scaling",), "scaling.rst"),
     FigureSpec("masks", "The masks and their tiles", (), "masks.rst"),
 )
 FIGURES: dict[str, FigureSpec] = {spec.id: spec for spec in _SPECS}
