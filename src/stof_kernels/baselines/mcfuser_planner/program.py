@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from .chain import INDICES, LOOPS
 from .expressions import Expression
@@ -107,10 +107,11 @@ def build(expression: Expression, extents: Mapping[str, int] = LIVE, step: bool 
     order = [loop for loop in live if loop != "m"]
     if not expression.flat and order[:1] == ["h"]:
         grid.append(order.pop(0))
-    return Program("".join(grid), _place(order, step, mask), dict(extents))
+    return Program("".join(grid), _place(tuple(order), step, mask), dict(extents))
 
 
-def _place(order: list[str], step: bool, mask: bool) -> tuple[Statement, ...]:
+@cache
+def _place(order: tuple[str, ...], step: bool, mask: bool) -> tuple[Statement, ...]:
     """Every statement with its scope for the loops inside a block, outermost first."""
     first = _scope_of_first_product(order)
     outside = _before(first, "k")  # what still encloses C when its sum is complete
@@ -127,18 +128,18 @@ def _place(order: list[str], step: bool, mask: bool) -> tuple[Statement, ...]:
     return tuple(_loads_before_use(found))
 
 
-def _scope_of_first_product(order: list[str]) -> tuple[str, ...]:
+def _scope_of_first_product(order: tuple[str, ...]) -> tuple[str, ...]:
     """Loops around C += A B: up to the innermost that indexes it.
 
     h inside the reduction is left out: its consumer is pushed behind k, and nothing that it indexes remains there.
     """
     last = max((i for i, loop in enumerate(order) if loop in "nk"), default=-1)
     scope = order[: last + 1]
-    inner = scope[scope.index("k") + 1 :] if "k" in scope else []
+    inner = scope[scope.index("k") + 1 :] if "k" in scope else ()
     return tuple(loop for loop in scope if loop != "h" or loop not in inner)
 
 
-def _reopen(outside: tuple[str, ...], wanted: str, order: list[str], phase: int) -> tuple[str, ...]:
+def _reopen(outside: tuple[str, ...], wanted: str, order: tuple[str, ...], phase: int) -> tuple[str, ...]:
     """``outside`` and, inside it, those of the wanted live loops that it lacks, opened anew."""
     have = _bases(outside)
     return (*outside, *(f"{loop}{phase}" for loop in wanted if loop in order and loop not in have))
