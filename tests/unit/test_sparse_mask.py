@@ -72,11 +72,35 @@ def test_pattern_with_unequal_or_no_lengths(q_len, kv_len):
     assert torch.equal(mask.to_dense(), keep.expand(2, 3, -1, -1))
 
 
+@pytest.mark.parametrize("family", [f for f in masks.FAMILIES if "document" not in f])
+def test_rectangles_of_every_size_are_sorted_right(family):
+    # 1100 keys are 69 cells: whole and cut rectangles of 16, 4 and 1 cells, most of them settled unseen.
+    pattern, zero = masks.get(family, 1100), torch.tensor(0)
+    mask = SparseMask.from_pattern(pattern, 700, 1100).check()
+    keep = pattern.bind(700, 1100)(zero, zero, torch.arange(700)[:, None], torch.arange(1100))
+    same = SparseMask.from_dense(keep.expand(700, 1100))
+    n, n_bits = same.counts[:2].tolist()
+    assert torch.equal(mask.counts, same.counts)
+    assert torch.equal(mask.strip_ptr, same.strip_ptr)
+    assert torch.equal(mask.cell_col[:n], same.cell_col[:n])
+    assert torch.equal(mask.cell_slot[:n], same.cell_slot[:n])
+    assert torch.equal(mask.cell_bits[:n_bits], same.cell_bits[:n_bits])
+
+
+def test_what_the_rectangle_test_settles_is_never_looked_into(monkeypatch):
+    looked = []
+    look = cells._look_into
+    monkeypatch.setattr(cells, "_look_into", lambda *a: looked.append(a[2].numel()) or look(*a))
+    SparseMask.from_pattern(masks.causal(), 4096, 4096)
+    assert sum(looked) == 256  # the diagonal
+
+
 def test_chunks_of_strips_and_of_cells_join_seamlessly(monkeypatch):
     whole = SparseMask.from_pattern(masks.get("bigbird", 300), 300, 300)
     dense = whole.to_dense()
     monkeypatch.setattr(cells, "_CHUNK_CELLS", 40)
     monkeypatch.setattr(cells, "_CHUNK_POSITIONS", 1024)
+    monkeypatch.setattr(cells, "_CHUNK_STATES", 64)
     for lists in (
         cells.lists_from_pattern(masks.get("bigbird", 300), 300, 300, 1, 1, "cpu"),
         cells.lists_from_dense(dense),

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from stof_kernels.kernels import TARGETS
 
 from .registry import Prepared, Problem, Tensors, Unsupported, method
 from .sdpa import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stof_kernels import SparseMask
+    from stof_kernels.planner import KernelConfig
 
 _OURS = {
     "depends": ("formats", "ops", "planner", "kernels/raw.py"),
@@ -39,26 +48,26 @@ def stof(problem: Problem, tensors: Tensors) -> Prepared:
     )
 
 
-def _forced(problem: Problem, tensors: Tensors, kernel: str) -> Prepared:
-    """The registered operator with the cheapest plan of one kernel."""
-    from stof_kernels import SparseMask
+def call_with(tensors: Tensors, mask: SparseMask, config: KernelConfig, scale: float) -> Callable[[], Tensor]:
+    """Our operator on these tensors under one configuration, whatever the planner would choose."""
     from stof_kernels.kernels import raw
 
-    _require_kernels(problem)
     q, k, v = tensors.q, tensors.k, tensors.v
+    ptr, col, slot, bits, plan = mask.layout_for(q, k, config).tensors
+    rest = mask.q_len, mask.kv_len, mask.batch, mask.heads, scale, False
+    return lambda: raw.sparse_attention(q, k, v, None, ptr, col, slot, bits, mask.counts, plan, *rest)[0]
+
+
+def _forced(problem: Problem, tensors: Tensors, kernel: str) -> Prepared:
+    """The operator with the cheapest plan of one kernel."""
+    from stof_kernels import SparseMask
+
+    _require_kernels(problem)
     mask = SparseMask.from_pattern(problem.pattern, problem.q_len, problem.kv_len, device=problem.device)
-    ranking = [config for config, _ in mask.plan_for(q, k).ranking if config.kernel == kernel]
+    ranking = [config for config, _ in mask.plan_for(tensors.q, tensors.k).ranking if config.kernel == kernel]
     if not ranking:
         raise Unsupported(f"no {kernel} configuration is feasible for this problem")
-    layout = mask.layout_for(q, k, ranking[0])
-
-    def run():
-        out, _ = raw.sparse_attention(
-            q, k, v, None, layout.ptr, layout.col, layout.slot, layout.bits, mask.counts, layout.plan,
-            mask.q_len, mask.kv_len, mask.batch, mask.heads, problem.scale, False,
-        )  # fmt: skip
-        return out
-
+    run = call_with(tensors, mask, ranking[0], problem.scale)
     return Prepared(run, problem.pattern, note=str(ranking[0]))
 
 

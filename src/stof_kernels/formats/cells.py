@@ -8,18 +8,20 @@ row of cells and not a kernel's tile, so that any kernel's tiles can be derived 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..masks import Pattern
+from ..masks import Bounds, Pattern
 
 CELL = 16
-# Positions looked at in one go: 4 Mi of them are 32 MB of int64 temporaries.
-_CHUNK_POSITIONS = 1 << 22
-_CHUNK_CELLS = 1 << 20
+# Positions looked at in one go: a rule's int64 temporaries of 2 Mi of them are 16 MB each.
+_CHUNK_POSITIONS = 1 << 21
+# Cells whose state, one byte each, is held at once; rectangles that the test is asked about at once.
+_CHUNK_CELLS = 1 << 22
+_CHUNK_STATES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _assemble(pieces: list[_Piece], device: torch.device) -> CellLists:
         raise ValueError(f"mask: {col.numel()} non-empty 16 x 16 cells, allowed: fewer than 2**31; use fewer planes")
     full = torch.cat([p.full for p in pieces]) if pieces else torch.zeros(0, dtype=torch.bool, device=device)
     bits = torch.cat([p.bits for p in pieces]) if pieces else torch.zeros(0, CELL, dtype=torch.int16, device=device)
-    slot = torch.where(full, -1, (~full).cumsum(0) - 1).to(torch.int32)
+    slot = torch.where(full, -1, (~full).cumsum(0, dtype=torch.int32) - 1)
     kept = torch.stack([p.kept for p in pieces]).sum() if pieces else torch.zeros((), dtype=torch.int64, device=device)
     sizes = torch.tensor([col.numel(), bits.shape[0]], dtype=torch.int64, device=device)
     counts = torch.cat([sizes, kept.view(1), sizes.new_zeros(1)])
@@ -131,47 +133,84 @@ def lists_from_pattern(
     device = torch.device(device)
     rule, bounds = pattern.bind(q_len, kv_len, device), pattern.bounds(q_len, kv_len, device)
     planes = [(b, h) for b in range(batch) for h in range(heads)] if pattern.per_head else [(0, 0)]
+    strips, cols = n_strips(q_len), n_cols(kv_len)
+    step = max(1, _CHUNK_CELLS // max(1, cols))
+    bands = [(first, min(strips, first + step)) for first in range(0, strips, step)]
+    # The rectangle test knows no heads; only where its answer is too large to keep is it asked again for each plane.
+    known = states_of(bounds, 0, strips, q_len, kv_len, device) if len(bands) == 1 else None
     pieces = []
     for b, h in planes:
         at = (torch.tensor(b, device=device), torch.tensor(h, device=device))
-        for first, last in _bands(q_len, kv_len):
-            pieces.append(_piece_from_rule(rule, bounds, at, first, last, q_len, kv_len))
+        for first, last in bands:
+            states = states_of(bounds, first, last, q_len, kv_len, device) if known is None else known.clone()
+            pieces.append(_piece_from_rule(rule, at, states, first, q_len, kv_len))
     lists = _assemble(pieces, device)
     return lists if pattern.per_head else repeat_planes(lists, batch * heads)
 
 
-def _bands(q_len: int, kv_len: int) -> Iterator[tuple[int, int]]:
-    """Ranges of strips whose grid of cells is small enough to hold."""
-    strips, step = n_strips(q_len), max(1, _CHUNK_CELLS // max(1, n_cols(kv_len)))
-    return ((first, min(strips, first + step)) for first in range(0, strips, step))
+# What a rectangle of cells is known to be.
+_EMPTY, _FULL, _OPEN = 0, 1, 2
+# Edges, in cells, of the rectangles that the test is asked about: only those it leaves open are cut further.
+_EDGES = (16, 4, 1)
 
 
-def _piece_from_rule(rule, bounds, at, first: int, last: int, q_len: int, kv_len: int) -> _Piece:
-    device = at[0].device
-    if kv_len == 0:
-        none = torch.zeros(0, dtype=torch.int32, device=device)
-        per_strip = torch.zeros(last - first, dtype=torch.int64, device=device)
-        return _Piece(per_strip, none, none.bool(), none.new_zeros(0, CELL, dtype=torch.int16), per_strip.sum())
-    strip = torch.arange(first, last, device=device)[:, None]
-    col = torch.arange(n_cols(kv_len), device=device)[None, :]
-    q_hi, kv_hi = (strip * CELL + CELL - 1).clamp(max=q_len - 1), (col * CELL + CELL - 1).clamp(max=kv_len - 1)
-    maybe, full = (x.expand(last - first, col.shape[1]) for x in bounds(strip * CELL, q_hi, col * CELL, kv_hi))
-    full = full & maybe & (col * CELL + CELL <= kv_len)
-    strip_of, col_of = maybe.nonzero(as_tuple=True)
-    is_full = full[strip_of, col_of]
-    open_cells = (~is_full).nonzero().flatten()
-    listed = torch.ones_like(is_full)
-    words, kept = [], [((q_hi - strip * CELL + 1) * full).sum() * CELL]
-    for part in open_cells.split(_CHUNK_POSITIONS // (CELL * CELL)):
-        cells, row_valid = _look_into(rule, at, strip_of[part] + first, col_of[part], q_len, kv_len)
-        any_kept, all_kept = _classify(cells, row_valid)
-        listed[part], is_full[part] = any_kept, all_kept
-        words.append(_pack(cells[any_kept & ~all_kept]))
-        kept.append(cells.sum())
-    per_strip = torch.zeros(last - first, dtype=torch.int64, device=device)
-    per_strip.index_add_(0, strip_of, listed.to(torch.int64))
-    bits = torch.cat(words) if words else torch.zeros(0, CELL, dtype=torch.int16, device=device)
-    return _Piece(per_strip, col_of[listed].to(torch.int32), is_full[listed], bits, torch.stack(kept).sum())
+def states_of(bounds: Bounds, first: int, last: int, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """Uint8 (last - first, cols): what the rectangle test knows of each cell of a band of strips."""
+    strips, cols, edge = last - first, n_cols(kv_len), _EDGES[0]
+    if strips == 0 or cols == 0:
+        return torch.zeros(strips, cols, dtype=torch.uint8, device=device)
+    rows, columns = -(-strips // edge), -(-cols // edge)
+    row = torch.arange(rows, device=device)[:, None]
+    col = torch.arange(columns, device=device)[None, :]
+    states = _ask(bounds, row, col, edge, first, q_len, kv_len)
+    for edge, finer in pairwise(_EDGES):
+        ratio = edge // finer
+        open_row, open_col = (states == _OPEN).nonzero(as_tuple=True)
+        rows, columns = states.shape
+        finer_states = states[:, None, :, None].expand(rows, ratio, columns, ratio).contiguous()
+        states = finer_states.view(rows * ratio, columns * ratio)
+        inner = torch.arange(ratio, device=device)
+        step = max(1, _CHUNK_STATES // ratio**2)
+        for at in range(0, open_row.numel(), step):
+            row = open_row[at : at + step, None, None] * ratio + inner[:, None]
+            col = open_col[at : at + step, None, None] * ratio + inner
+            states[row, col] = _ask(bounds, row, col, finer, first, q_len, kv_len)
+    return states[:strips, :cols].contiguous()
+
+
+def _ask(bounds: Bounds, row: Tensor, col: Tensor, edge: int, first: int, q_len: int, kv_len: int) -> Tensor:
+    """The states of rectangles of ``edge`` x ``edge`` cells, by broadcastable row (from strip ``first``) and column."""
+    side = edge * CELL
+    q_lo, kv_lo = row * side + first * CELL, col * side
+    # What lies past the end is asked for the last position, and cut off or looked into by the caller.
+    q, kv = ((lo.clamp(max=n - 1), (lo + side - 1).clamp(max=n - 1)) for lo, n in ((q_lo, q_len), (kv_lo, kv_len)))
+    maybe, full = bounds(*q, *kv)
+    # A cell that the keys end in is never full: its last keys do not exist.
+    full = full & maybe & (kv_lo + side <= kv_len)
+    states = maybe.to(torch.uint8) * _OPEN - full.to(torch.uint8)
+    return states.expand(torch.broadcast_shapes(row.shape, col.shape))
+
+
+def _piece_from_rule(rule, at, states: Tensor, first: int, q_len: int, kv_len: int) -> _Piece:
+    """Looks into the open cells of a band, writes what they are into ``states`` and lists what is not empty."""
+    strips, cols = states.shape
+    flat = states.view(-1)
+    queries = (q_len - (torch.arange(strips, device=states.device) + first) * CELL).clamp(max=CELL)
+    kept = [((states == _FULL).sum(1) * queries).sum() * CELL]
+    words = []
+    for part in (flat == _OPEN).nonzero().flatten().split(_CHUNK_POSITIONS // (CELL * CELL)):
+        strip = part // cols
+        inside, row_valid = _look_into(rule, at, strip + first, part - strip * cols, q_len, kv_len)
+        any_kept, all_kept = _classify(inside, row_valid)
+        partial = any_kept & ~all_kept
+        flat[part] = all_kept.to(torch.uint8) * _FULL + partial.to(torch.uint8) * _OPEN
+        words.append(_pack(inside)[partial])
+        kept.append(inside.sum())
+    per_strip = (states != _EMPTY).sum(1)
+    listed = flat.nonzero().flatten()
+    full = flat[listed] == _FULL
+    bits = torch.cat(words) if words else torch.zeros(0, CELL, dtype=torch.int16, device=states.device)
+    return _Piece(per_strip, listed.remainder_(max(1, cols)).to(torch.int32), full, bits, torch.stack(kept).sum())
 
 
 def _look_into(rule, at, strip: Tensor, col: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
