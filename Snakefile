@@ -17,4 +17,5 @@ include: "rules/collect.smk"
 rule all:
     default_target: True
     input:
+        rules.aggregate.input,
         rules.figures.input,

@@ -25,13 +25,8 @@ for experiment in config["experiments"]:
 
 rule aggregate:
     input:
-        sorted(
-            {
-                f"results/tables/{e}.csv"
-                for figure in FIGURES.values()
-                for e in figure.experiments
-            }
-        ),
+        expand("results/tables/{experiment}.csv", experiment=tabled()),
+        "results/floors.csv",
 
 
 rule figures:

@@ -14,6 +14,7 @@ from stof_kernels.benchmarking import targets
 from stof_kernels.benchmarking.experiments import EXPERIMENTS
 from stof_kernels.benchmarking.records import provenance_of
 from stof_kernels.figures import FIGURES
+from stof_kernels.figures.floors import EXPERIMENTS as FLOORS
 from stof_kernels.kernels.build import TARGETS as BUILDABLE
 from stof_kernels.kernels.build import source_digest
 from stof_kernels.provenance import code_digest, normalized_source
@@ -172,3 +173,9 @@ def sources_of(experiment):
     """The tables of one experiment and the files that say where their rows come from."""
     tables = tables_of(experiment)
     return tables + [str(provenance_of(Path(table))) for table in tables]
+
+
+def tabled():
+    """Experiments that have a table: those that a figure or the floors read, and all that the config measures."""
+    drawn = {e for figure in FIGURES.values() for e in figure.experiments}
+    return sorted(drawn.union(FLOORS, config["experiments"]))

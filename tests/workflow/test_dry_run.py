@@ -12,6 +12,7 @@ from snakemake.utils import validate
 from stof_kernels.benchmarking import config as checks
 from stof_kernels.benchmarking.experiments import EXPERIMENTS
 from stof_kernels.figures import FIGURES
+from stof_kernels.figures.floors import EXPERIMENTS as FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILLED = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
@@ -20,8 +21,8 @@ validate(FILLED, str(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
 CONFIGURED = FILLED["experiments"]
 DRAWN = {experiment for figure in FIGURES.values() for experiment in figure.experiments}
 METHODS = {experiment: len(checks.selected_methods(FILLED, experiment)) for experiment in CONFIGURED}
-JOBS = sum(METHODS[experiment] for experiment in DRAWN & set(CONFIGURED))
-TABLES = len(DRAWN)
+JOBS = sum(METHODS.values())
+TABLES = len(DRAWN.union(FLOORS, CONFIGURED))
 
 
 def shared_runs(experiment: str) -> int:
@@ -51,6 +52,24 @@ def test_experiments_with_the_same_settings_share_a_run(repo) -> None:
         (repo.path / f"{name}.yaml").write_text(yaml.safe_dump({"experiments": {"overhead": section}}))
         planned = repo.planned(table, "--configfile", f"{name}.yaml", "--config", "gpu=cpu")
         assert planned == {"build_extension": 1, "bench": jobs}, name
+
+
+def test_all_is_every_figure_and_every_table(repo) -> None:
+    aggregate = repo.planned("aggregate", "--config", "gpu=cpu")
+    assert aggregate["bench"] == JOBS
+    assert aggregate["aggregate_experiment"] == TABLES
+    assert aggregate["tabulate_floors"] == 1
+    everything = repo.planned("all", "--config", "gpu=cpu")
+    assert {name for name in everything if name.startswith("plot_")} == {f"plot_{figure}" for figure in FIGURES}
+    assert everything == repo.planned("--config", "gpu=cpu")  # all is the default
+    figures = repo.planned("figures", "--config", "gpu=cpu")
+    assert figures.keys() - {"figures"} < everything.keys()
+    assert all(everything[rule] == aggregate[rule] for rule in ("bench", "aggregate_experiment", "tabulate_floors"))
+
+
+def test_floors_are_a_target_that_measures_nothing_elsewhere(repo) -> None:
+    jobs = repo.planned("results/floors.csv", "--config", "gpu=4090")
+    assert jobs == {"tabulate_floors": 1, "aggregate_experiment": len(FLOORS)}
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -111,3 +130,4 @@ def test_lint_and_report_captions(repo) -> None:
     assert "good condition" in repo.snakemake("--lint")
     for figure in FIGURES.values():
         assert (repo.path / "workflow" / "report" / figure.caption).stat().st_size > 100
+    assert (repo.path / "workflow" / "report" / "floors.rst").stat().st_size > 100
