@@ -95,19 +95,23 @@ def _fastest(candidates: Iterable[_Config], stage: Callable[[_Config], Callable]
     return min(times, key=times.__getitem__)
 
 
-def _microseconds(call: Callable[[], None]) -> float:
+def _microseconds(call: Callable[[], object]) -> float:
     """Device time of one call inside a CUDA graph, after a call that compiles; the best of three replays."""
     call()
     calls = max(1, min(20, math.ceil(_GRAPH_US / max(1.0, _between_events(call)))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        graph.capture_begin()  # torch.cuda.graph would collect garbage first, which takes longer than all that is timed here
         for _ in range(calls):
             call()
+        graph.capture_end()
+    main.wait_stream(side)
     graph.replay()
     return min(_between_events(graph.replay) for _ in range(3)) / calls
 
 
-def _between_events(call: Callable[[], None]) -> float:
+def _between_events(call: Callable[[], object]) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()

@@ -57,12 +57,12 @@ def sddmm(
             acc = tl.dot(q, k, acc, input_precision="ieee")
     scores = (acc * scale).to(values_ptr.dtype.element_ty)
 
-    place = position if GROUPED else row
-    values = values_ptr + plane * stored * pitch + place[:, None] * pitch
+    start = (position if GROUPED else row) * pitch
+    values_ptr += plane * stored * pitch
     if FROM_ZERO:
         # A slot is its column. What lands behind a row's last slot is never read, so that whole vectors can be stored.
         slots = column + nth
-        tl.store(values + slots[None, :], scores, inside[:, None] & (slots < pitch)[None, :])
+        tl.store(values_ptr + start[:, None] + slots[None, :], scores, inside[:, None] & (slots < pitch)[None, :])
     else:
         entry = piece * size + row
         offset = tl.load(offset_ptr + entry, inside, other=0)
@@ -71,13 +71,14 @@ def sddmm(
         if STRIDED:
             # A tile may reach rows of another stride or remainder: it holds no slot of theirs.
             stride = tl.load(stride_ptr + entry, inside, other=1)
-            inside &= ((stride == step) | (count <= 1)) & (first % step == 0)
+            count = tl.where(((stride == step) | (count <= 1)) & (first % step == 0), count, 0)
             first = first // step
-        slots = first[:, None] + nth[None, :]
-        kept = inside[:, None] & (slots >= 0) & (slots < count[:, None])
+        # One comparison for 0 <= slot < count: negative slots are large as unsigned numbers.
+        kept = (first[:, None] + nth[None, :]).to(tl.uint32) < count.to(tl.uint32)[:, None]
+        start += first
         if PIECES > 1:
-            slots += tl.load(base_ptr + entry, inside, other=0)[:, None]
-        tl.store(values + slots, scores, kept)
+            start += tl.load(base_ptr + entry, inside, other=0)
+        tl.store(values_ptr + start[:, None] + nth[None, :], scores, kept)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -102,7 +103,7 @@ def softmax(
     x = tl.where(kept, x, -float("inf"))
     largest = tl.maximum(tl.max(x, 1), -1.0e30)  # a row without slots has none
     p = tl.exp(x - largest[:, None])
-    p = p / tl.maximum(tl.sum(p, 1), 1.0e-30)[:, None]
+    p = p * (1.0 / tl.maximum(tl.sum(p, 1), 1.0e-30))[:, None]
     tl.store(probs_ptr + plane * stored * pitch + at, p.to(probs_ptr.dtype.element_ty), whole)
 
 
@@ -126,8 +127,9 @@ def spmm(
     if MAPPED:
         row = tl.load(map_ptr + position, mask=inside, other=-1)
         inside = row >= 0
-    place = position if GROUPED else row
-    values = probs_ptr + plane * stored * pitch + place[:, None] * pitch
+    place = (position if GROUPED else row) * pitch
+    probs_ptr += plane * stored * pitch
+    v_ptr += plane * size * D
     nth = tl.arange(0, BK)
     acc = tl.zeros((BM, BD), tl.float32)
     for piece in tl.static_range(PIECES):
@@ -140,21 +142,20 @@ def spmm(
         if not FROM_ZERO:
             # The inverse map, once per block: all of its rows have one stride and remainder (transformation alignment).
             first = (start - tl.load(offset_ptr + entry, inside, other=0)) // step
-        if PIECES > 1:
-            base = tl.load(base_ptr + entry, inside, other=0)
+            begin = place + first
+            if PIECES > 1:
+                begin += tl.load(base_ptr + entry, inside, other=0)
         for done in range(0, (end - start + step - 1) // step, BK):
             columns = start + (done + nth) * step
             if FROM_ZERO:
-                p = tl.load(values + columns[None, :], inside[:, None] & (columns < pitch)[None, :], other=0.0)
+                whole = inside[:, None] & (columns < pitch)[None, :]
+                p = tl.load(probs_ptr + place[:, None] + columns[None, :], whole, other=0.0)
                 p = tl.where(columns[None, :] < count[:, None], p, 0.0)
             else:
-                slots = first[:, None] + (done + nth)[None, :]
-                kept = inside[:, None] & (slots >= 0) & (slots < count[:, None])
-                if PIECES > 1:
-                    slots += base[:, None]
-                p = tl.load(values + slots, kept, other=0.0)
+                kept = (first[:, None] + (done + nth)[None, :]).to(tl.uint32) < count.to(tl.uint32)[:, None]
+                p = tl.load(probs_ptr + begin[:, None] + (done + nth)[None, :], kept, other=0.0)
             v = tl.load(
-                v_ptr + plane * size * D + columns[:, None] * D + d[None, :],
+                v_ptr + columns[:, None] * D + d[None, :],
                 (columns[:, None] < size) & (d[None, :] < D),
                 other=0.0,
             )
