@@ -99,6 +99,38 @@ def test_layout_holds_the_mask(shape, chunk, q_tile):
     assert torch.equal(again[2][: header[0]], layout[2][: header[0]])
 
 
+@pytest.mark.parametrize("q_tile", [64, 128])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 200, 333), (1, 2, 33, 5000)])
+def test_sizes_are_those_of_the_layout(shape, q_tile):
+    cells = raw.build_cells(random_mask(*shape))
+    request = (*shape[2:], shape[0] * shape[1], q_tile)
+    header = raw.build_layout(*cells, *request, 0, 1)[0][:8]
+    assert torch.equal(raw.layout_sizes(*cells, *request), header)
+
+
+def test_layout_of_the_longest_rows():
+    # Their bitmaps need more shared memory than a kernel gets without asking.
+    columns = torch.tensor([0, 5, 31, 32, 40_000, 65_534], dtype=torch.int32, device="cuda")
+    lists = (
+        torch.arange(9, dtype=torch.int32, device="cuda") * 6,
+        columns.repeat(8),
+        torch.full((48,), -1, dtype=torch.int32, device="cuda"),
+        torch.zeros(1, 16, dtype=torch.int16, device="cuda"),
+        torch.tensor([48, 0, 48 * 256, 0], device="cuda"),
+    )
+    ptr, col, *_ = raw.build_layout(*lists, 128, 1 << 20, 1, 128, 0, 1)
+    assert ptr[:6].tolist() == [1, 0, 0, 2, 1, 2]
+    assert col[:2].flatten().tolist() == [*columns.tolist(), -1, -1]
+
+
+def test_lists_that_ascend_in_jumps():
+    keep = torch.zeros(1, 1, 128, 20_000, dtype=torch.bool, device="cuda")
+    for row in range(128):
+        keep[0, 0, row, torch.randint(0, 20_000, (1 + 7 * (row % 16),))] = True
+    layout = raw.build_layout(*raw.build_cells(keep), 128, 20_000, 1, 64, 3, 1)
+    assert torch.equal(unpack(layout, keep, 64)[0], keep.cpu())
+
+
 def attend(q, k, v, keep, lists, counts, plan):
     planes = keep.shape[:2]
     return raw.sparse_attention(q, k, v, None, *lists, counts, plan, *keep.shape[2:], *planes, 0.125, True)
@@ -148,3 +180,10 @@ def test_overflow_writes_nan_everywhere(cells, bits, tiles):
         assert out.isnan().all()
         assert lse.isnan().all()
     assert layout[0][6] == 1
+    assert lists[4][3] == 1
+
+
+def test_scan_of_more_strips_than_one_round():
+    keep = torch.rand(3, 4, 16 * 1000, 16, device="cuda") < 0.05
+    for mine, theirs in zip(raw.build_cells(keep), raw.build_cells(keep.cpu()), strict=True):
+        assert torch.equal(mine.cpu(), theirs)

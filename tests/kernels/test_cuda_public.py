@@ -180,6 +180,103 @@ def test_fixed_capacity_never_synchronises():
     assert_right(other, None, q, k, v, ~keep)
 
 
+def test_fixed_capacity_of_blocks_never_synchronises():
+    q, k, v = qkv(q_len=500)
+    table = torch.rand(4, 8, 8, device="cuda") < 0.4
+    numbers = torch.rand(4, 8, 8, device="cuda").topk(3).indices
+    stof.SparseMask.from_blocks(table, 64, 500, 500, capacity="max")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = stof.SparseMask.from_blocks(table, 64, 500, 500, capacity="max")
+        out = stof.sparse_attention(q, k, v, mask)
+        other = stof.sparse_attention(q, k, v, mask.update_blocks_(numbers, 64))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    chosen = torch.zeros_like(table).scatter_(-1, numbers, True)
+    for result, blocks in ((out, table), (other, chosen)):
+        keep = blocks.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :500, :500]
+        assert_right(result, None, q, k, v, keep)
+
+
+@pytest.mark.parametrize("length", [512, 500])
+@pytest.mark.parametrize("block", [64, 128, 48])
+def test_buffers_for_blocks_hold_every_table(length, block):
+    q, k, v = qkv(q_len=length)
+    n = -(-length // block)
+    mask = stof.SparseMask.from_blocks(
+        torch.ones(1, 4, n, n, device="cuda").bool(), block, length, length, capacity="max"
+    )
+    configs = [config for config, _ in mask.plan_for(q, k).ranking]
+    for share in (1.0, 0.3, 0.0):
+        table = torch.rand(1, 4, n, n, device="cuda") < share
+        keep = table.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :length, :length]
+        mask.update_blocks_(table, block)
+        for config in configs:
+            mask.calls.clear()
+            mask._cache["layout", None, q.shape, k.shape, q.dtype, torch.get_num_threads()] = mask.layout_for(
+                q, k, config
+            )
+            assert_right(stof.sparse_attention(q, k, v, mask), None, q, k, v, keep)
+        mask.check()
+
+
+def test_a_dense_mask_in_buffers_for_blocks_fits_or_says_so():
+    q, k, v = qkv(q_len=512)
+    table = torch.ones(1, 4, 8, 8, device="cuda").bool()
+    mask = stof.SparseMask.from_blocks(table, 64, 512, 512, capacity="max").prepare(q, k)
+    scattered = torch.rand(4, 512, 512, device="cuda") < 0.01
+    assert stof.sparse_attention(q, k, v, mask.update_(scattered)).isnan().all()
+    with pytest.raises(ValueError, match="cells in whole blocks of 64; results computed with it are NaN"):
+        mask.check()
+    whole = torch.zeros(4, 512, 512, device="cuda").bool()
+    whole[:, :, 64:192] = True
+    assert_right(stof.sparse_attention(q, k, v, mask.update_(whole)), None, q, k, v, whole)
+
+
+def test_repeated_calls_notice_what_changed():
+    q, k, v = qkv(batch=2, q_len=200)
+    mask = stof.SparseMask.from_pattern(stof.masks.get("bigbird", 200), 200, 200, device="cuda")
+    keep = mask.to_dense()
+    first = stof.sparse_attention(q, k, v, mask)
+    assert torch.equal(stof.sparse_attention(q, k, v, mask), first)
+    strided = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
+    assert_right(stof.sparse_attention(*strided, mask), None, q, k, v, keep)
+    halves = [t.bfloat16() for t in (q, k, v)]
+    assert_right(stof.sparse_attention(*halves, mask), None, *halves, keep)
+    bias = torch.randn(4, 1, 200, device="cuda")
+    out, lse = stof.sparse_attention(q, k, v, mask, bias, -0.3, return_lse=True)
+    assert_right(out, lse, q, k, v, keep, bias, -0.3)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        again = stof.sparse_attention(q, k, v, mask)
+    torch.cuda.current_stream().wait_stream(other)
+    assert torch.equal(again, first)
+    with pytest.raises(ValueError, match="k is on cpu, allowed: q's device cuda:0"):
+        stof.sparse_attention(q, k.cpu(), v, mask)
+    assert torch.equal(stof.sparse_attention(q, k, v, mask), first)
+
+
+def test_repeated_calls_in_a_graph_are_noticed_by_updates():
+    q, k, v = qkv(q_len=128)
+    mask = stof.SparseMask.from_dense(torch.rand(128, 128, device="cuda") < 0.5)
+    for _ in range(3):
+        stof.sparse_attention(q, k, v, mask)
+    mask.update_(torch.rand(128, 128, device="cuda") < 0.4)
+    stof.sparse_attention(q, k, v, mask)
+    captured(lambda: stof.sparse_attention(q, k, v, mask))
+    with pytest.raises(ValueError, match="a captured graph holds this mask's sizes"):
+        mask.update_(torch.rand(128, 128, device="cuda") < 0.5)
+
+
+@pytest.mark.parametrize("family", stof.masks.FAMILIES)
+def test_rules_on_the_device_equal_rules_on_the_host(family):
+    pattern = stof.masks.get(family, 1100)
+    host, device = (stof.SparseMask.from_pattern(pattern, 1100, 1100, device=d) for d in ("cpu", "cuda"))
+    for mine, theirs in zip(device.lists.tensors, host.lists.tensors, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
 def test_compiled_model_takes_new_masks():
     q, k, v = qkv(q_len=512)
     torch._dynamo.reset()

@@ -95,6 +95,24 @@ def test_what_the_rectangle_test_settles_is_never_looked_into(monkeypatch):
     assert sum(looked) == 256  # the diagonal
 
 
+def test_a_compiled_rule_gives_the_same_mask(monkeypatch):
+    monkeypatch.setattr(
+        cells, "_inspect_compiled", lambda: torch.compile(cells._inspect, dynamic=True, backend="aot_eager")
+    )
+    table = torch.rand(3, 90) < 0.4
+
+    def rule(b, h, q, kv):
+        return table[h, kv] | (q - kv == 7 * b)
+
+    torch._dynamo.reset()
+    for size in ((70, 90), (33, 64)):
+        eager, compiled = (
+            SparseMask.from_pattern(rule, *size, batch=2, heads=3, compiled=flag).check() for flag in (False, True)
+        )
+        for mine, theirs in zip(compiled.lists.tensors, eager.lists.tensors, strict=True):
+            assert torch.equal(mine, theirs)
+
+
 def test_chunks_of_strips_and_of_cells_join_seamlessly(monkeypatch):
     whole = SparseMask.from_pattern(masks.get("bigbird", 300), 300, 300)
     dense = whole.to_dense()

@@ -8,20 +8,24 @@ row of cells and not a kernel's tile, so that any kernel's tiles can be derived 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..masks import Bounds, Pattern
+from ..masks import Bounds, MaskMod, Pattern
 
 CELL = 16
 # Positions looked at in one go: a rule's int64 temporaries of 2 Mi of them are 16 MB each.
 _CHUNK_POSITIONS = 1 << 21
 # Cells whose state, one byte each, is held at once; rectangles that the test is asked about at once.
 _CHUNK_CELLS = 1 << 22
-_CHUNK_STATES = 1 << 18
+_CHUNK_STATES = 1 << 20
+# Cells that compiled code looks into at once: it keeps their words, 32 bytes each, and no positions.
+_CHUNK_COMPILED = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,18 @@ def _piece_from_grid(grid: Tensor, valid: Tensor, band: Tensor) -> _Piece:
 
 
 def lists_from_pattern(
-    pattern: Pattern, q_len: int, kv_len: int, batch: int, heads: int, device: torch.device | str
+    pattern: Pattern,
+    q_len: int,
+    kv_len: int,
+    batch: int,
+    heads: int,
+    device: torch.device | str,
+    compiled: bool = False,
 ) -> CellLists:
-    """Cell lists of a rule: its rectangle test sorts cells into empty, full and maybe; only the last are looked into."""
+    """Cell lists of a rule: its rectangle test sorts cells into empty, full and maybe; only the last are looked into.
+
+    ``compiled`` looks with code that torch.compile makes of the rule, and so at more cells at once.
+    """
     device = torch.device(device)
     rule, bounds = pattern.bind(q_len, kv_len, device), pattern.bounds(q_len, kv_len, device)
     planes = [(b, h) for b in range(batch) for h in range(heads)] if pattern.per_head else [(0, 0)]
@@ -143,7 +156,7 @@ def lists_from_pattern(
         at = (torch.tensor(b, device=device), torch.tensor(h, device=device))
         for first, last in bands:
             states = states_of(bounds, first, last, q_len, kv_len, device) if known is None else known.clone()
-            pieces.append(_piece_from_rule(rule, at, states, first, q_len, kv_len))
+            pieces.append(_piece_from_rule(rule, at, states, first, q_len, kv_len, compiled))
     lists = _assemble(pieces, device)
     return lists if pattern.per_head else repeat_planes(lists, batch * heads)
 
@@ -164,18 +177,29 @@ def states_of(bounds: Bounds, first: int, last: int, q_len: int, kv_len: int, de
     col = torch.arange(columns, device=device)[None, :]
     states = _ask(bounds, row, col, edge, first, q_len, kv_len)
     for edge, finer in pairwise(_EDGES):
-        ratio = edge // finer
-        open_row, open_col = (states == _OPEN).nonzero(as_tuple=True)
-        rows, columns = states.shape
-        finer_states = states[:, None, :, None].expand(rows, ratio, columns, ratio).contiguous()
-        states = finer_states.view(rows * ratio, columns * ratio)
-        inner = torch.arange(ratio, device=device)
-        step = max(1, _CHUNK_STATES // ratio**2)
-        for at in range(0, open_row.numel(), step):
-            row = open_row[at : at + step, None, None] * ratio + inner[:, None]
-            col = open_col[at : at + step, None, None] * ratio + inner
-            states[row, col] = _ask(bounds, row, col, finer, first, q_len, kv_len)
+        states = _refined(
+            states, edge // finer, lambda row, col, e=finer: _ask(bounds, row, col, e, first, q_len, kv_len)
+        )
     return states[:strips, :cols].contiguous()
+
+
+def _refined(states: Tensor, ratio: int, ask: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The states of rectangles ``ratio`` times smaller each way: those that are open are asked about, the others inherit."""
+    open_row, open_col = (states == _OPEN).nonzero(as_tuple=True)
+    rows, columns = (n * ratio for n in states.shape)
+    finer = states[:, None, :, None].expand(-1, ratio, -1, ratio).contiguous().view(rows, columns)
+    if open_row.numel() == states.numel():  # nothing is known, as of any callable: the grid needs no list
+        row, col = (torch.arange(n, device=states.device) for n in (rows, columns))
+        step = max(1, _CHUNK_STATES // columns)
+        for at in range(0, rows, step):
+            finer[at : at + step] = ask(row[at : at + step, None], col)
+        return finer
+    inner, step = torch.arange(ratio, device=states.device), max(1, _CHUNK_STATES // ratio**2)
+    for at in range(0, open_row.numel(), step):
+        row = open_row[at : at + step, None, None] * ratio + inner[:, None]
+        col = open_col[at : at + step, None, None] * ratio + inner
+        finer[row, col] = ask(row, col)
+    return finer
 
 
 def _ask(bounds: Bounds, row: Tensor, col: Tensor, edge: int, first: int, q_len: int, kv_len: int) -> Tensor:
@@ -191,21 +215,23 @@ def _ask(bounds: Bounds, row: Tensor, col: Tensor, edge: int, first: int, q_len:
     return states.expand(torch.broadcast_shapes(row.shape, col.shape))
 
 
-def _piece_from_rule(rule, at, states: Tensor, first: int, q_len: int, kv_len: int) -> _Piece:
+def _piece_from_rule(
+    rule: MaskMod, at: tuple[Tensor, Tensor], states: Tensor, first: int, q_len: int, kv_len: int, compiled: bool
+) -> _Piece:
     """Looks into the open cells of a band, writes what they are into ``states`` and lists what is not empty."""
     strips, cols = states.shape
     flat = states.view(-1)
     queries = (q_len - (torch.arange(strips, device=states.device) + first) * CELL).clamp(max=CELL)
     kept = [((states == _FULL).sum(1) * queries).sum() * CELL]
     words = []
-    for part in (flat == _OPEN).nonzero().flatten().split(_CHUNK_POSITIONS // (CELL * CELL)):
+    inspect, step = (_inspect_compiled(), _CHUNK_COMPILED) if compiled else (_inspect, _CHUNK_POSITIONS // CELL**2)
+    for part in (flat == _OPEN).nonzero().flatten().split(step):
         strip = part // cols
-        inside, row_valid = _look_into(rule, at, strip + first, part - strip * cols, q_len, kv_len)
-        any_kept, all_kept = _classify(inside, row_valid)
+        bits, any_kept, all_kept, n = inspect(rule, *at, strip + first, part - strip * cols, q_len, kv_len)
         partial = any_kept & ~all_kept
         flat[part] = all_kept.to(torch.uint8) * _FULL + partial.to(torch.uint8) * _OPEN
-        words.append(_pack(inside)[partial])
-        kept.append(inside.sum())
+        words.append(bits[partial])
+        kept.append(n)
     per_strip = (states != _EMPTY).sum(1)
     listed = flat.nonzero().flatten()
     full = flat[listed] == _FULL
@@ -213,7 +239,23 @@ def _piece_from_rule(rule, at, states: Tensor, first: int, q_len: int, kv_len: i
     return _Piece(per_strip, listed.remainder_(max(1, cols)).to(torch.int32), full, bits, torch.stack(kept).sum())
 
 
-def _look_into(rule, at, strip: Tensor, col: Tensor, q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
+def _inspect(
+    rule: MaskMod, b: Tensor, h: Tensor, strip: Tensor, col: Tensor, q_len: int, kv_len: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Words (n, 16) of the given cells, whether anything and whether everything of each is kept, and how many positions."""
+    cells, row_valid = _look_into(rule, (b, h), strip, col, q_len, kv_len)
+    return _pack(cells), *_classify(cells, row_valid), cells.sum()
+
+
+@cache
+def _inspect_compiled() -> Callable:
+    # Sizes stay symbols: a rule is compiled once, whatever the mask's lengths.
+    return torch.compile(_inspect, dynamic=True)
+
+
+def _look_into(
+    rule: MaskMod, at: tuple[Tensor, Tensor], strip: Tensor, col: Tensor, q_len: int, kv_len: int
+) -> tuple[Tensor, Tensor]:
     """Every position of the given cells: bool (n, 16, 16) kept, and bool (n, 16) which rows are queries at all."""
     inner = torch.arange(CELL, device=strip.device)
     q, kv = strip[:, None, None] * CELL + inner[:, None], col[:, None, None] * CELL + inner

@@ -69,15 +69,18 @@ class SparseMask:
         heads: int = 1,
         device: torch.device | str = "cpu",
         capacity: int | str | None = None,
+        compiled: bool = False,
     ) -> SparseMask:
         """Mask of a rule: a `stof_kernels.masks` pattern or any callable ``(b, h, q, kv) -> bool`` (a FlexAttention mask_mod).
 
-        The S x S matrix is never formed. ``capacity`` as in `from_dense`. Raises ValueError for negative lengths or sizes below
-        1, TypeError for a rule that is neither a pattern nor a callable or that does not return bools.
+        The S x S matrix is never formed. ``capacity`` as in `from_dense`. ``compiled`` evaluates the rule by torch.compile,
+        which takes seconds once per rule and pays for long masks of a callable, whose every position must be looked at. Raises
+        ValueError for negative lengths or sizes below 1, TypeError for a rule that is neither a pattern nor a callable or that
+        does not return bools.
         """
         rule = pattern if isinstance(pattern, Pattern) else predicate(pattern)
         check_sizes("from_pattern", q_len, kv_len, batch, heads)
-        lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, device)
+        lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, device, compiled)
         return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, str(rule))
 
     @classmethod
