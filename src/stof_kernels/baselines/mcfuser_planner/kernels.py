@@ -8,8 +8,9 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -40,24 +41,24 @@ class Kernel:
     def __str__(self) -> str:
         return f"{self.candidate}, {self.launch.warps} warps, {self.launch.stages} stages"
 
-    @property
-    def module(self) -> ModuleType:
-        """The module of the generated text."""
-        return load(source(self.candidate, self.layout))
+    @cached_property
+    def function(self) -> Any:
+        """Triton's function of the generated text, made once: the text is not written again for each call."""
+        return getattr(load(source(self.candidate, self.layout)), NAME)
 
-    def compile(self, tensors: Sequence[Tensor]) -> object:
+    @cached_property
+    def _grid(self) -> tuple[int, int]:
+        return grid(self.candidate)
+
+    def compile(self, tensors: Sequence[Tensor]) -> Any:
         """Compile without running; a compiler's exception where it cannot."""
-        return self._function.warmup(*tensors, grid=grid(self.candidate), **self._options)
+        return self.function.warmup(*tensors, grid=self._grid, **self._options)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Run on A, B, (mask,) D, E in the layout's order; E is written."""
-        self._function[grid(self.candidate)](*tensors, **self._options)
+        self.function[self._grid](*tensors, **self._options)
 
-    @property
-    def _function(self):
-        return getattr(self.module, NAME)
-
-    @property
+    @cached_property
     def _options(self) -> dict[str, int]:
         return {"num_warps": self.launch.warps, "num_stages": self.launch.stages}
 
