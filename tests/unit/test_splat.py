@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from stof_kernels.baselines.splat_kernels import acsr as formats
 from stof_kernels.baselines.splat_kernels.build import acsr_of, from_dense, pieces_of
 from stof_kernels.baselines.splat_kernels.tiling import place_tiles, row_blocks
 from stof_kernels.benchmarking.check import TOLERANCE, relative_error
+from stof_kernels.provenance import PACKAGE_ROOT
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -386,6 +390,23 @@ def test_a_missing_tile_would_show():
     assert relative_error(p, tensors, p.pattern, found.run()) > 1e-3
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("capability", "flags"), [("80", ()), ("90", ("FROM_ZERO=1",)), ("90", ("MAPPED=1", "STRIDED=1"))], ids=str
+)
+def test_kernels_compile_to_tensor_cores_of_their_time(capability, flags, tmp_path):
+    """Warp-level products also on Hopper, whose own instructions SPLAT never had; whole vectors where slots are columns."""
+    kernels = PACKAGE_ROOT / "baselines/splat_kernels/kernels.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, Path(__file__).with_name("splat_compile.py"), kernels, capability, *flags]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = set(ran.stdout.split())
+    assert {"sddmm:mma.sync", "spmm:mma.sync", "softmax:st.global.v4"} <= found
+    assert ("sddmm:st.global.v4" in found) == ("FROM_ZERO=1" in flags)
+    assert not [mark for mark in found if "wgmma" in mark]
+
+
 # ---- Unions of ACSRs, ours ----------------------------------------------------------------------------------------------
 
 
@@ -421,7 +442,7 @@ def test_unions_refuse_what_is_one_acsr_and_what_is_irregular():
     with pytest.raises(Unsupported, match="one ACSR holds this mask: measured as splat"):
         get("splat_pieces").prepare(p, make_tensors(p))
     p = problem("bigbird", 2048, head_dim=8)
-    with pytest.raises(Unsupported, match=r"row \d+ has more than 4 runs of columns"):
+    with pytest.raises(Unsupported, match=r"more than 4 runs of columns in a row, .*; first in row 192"):
         get("splat_pieces").prepare(p, make_tensors(p))
 
 

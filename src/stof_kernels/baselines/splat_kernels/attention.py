@@ -65,10 +65,10 @@ def tune(mask: Stored, job: Job) -> Choice:
     if mask.device == "cpu":
         return first_choice(mask)
     out = torch.empty_like(job.q)
-    # Products on CUDA cores keep their operands in registers: more warps, each with less.
-    sddmm, spmm = (
-        [c._replace(warps=min(8, 4 * c.warps)) for c in some] if job.simt else some for some in (SDDMM, SPMM)
-    )
+    sddmm, spmm = SDDMM, SPMM
+    if job.simt or job.q.dtype == torch.float32:
+        # Products on CUDA cores keep their operands in registers: more warps, each with less.
+        sddmm, spmm = ([c._replace(warps=min(8, 4 * c.warps)) for c in some] for some in (sddmm, spmm))
     return Choice(
         _fastest(sddmm, lambda c: SddmmStage(mask, c).launch, job),
         _fastest(softmax_candidates(mask.width), lambda c: SoftmaxStage(mask, c).launch, job),

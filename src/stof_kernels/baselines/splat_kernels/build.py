@@ -97,7 +97,7 @@ def _runs(keep: Tensor, start: int) -> list[_Rows]:
         if len(found) == MOST_PIECES:
             row = int(left.any(1).int().argmax())
             raise Unsupported(
-                f"row {start + row} has more than {MOST_PIECES} runs of columns: no union of a few regular pieces"
+                f"more than {MOST_PIECES} runs of columns in a row, no union of a few pieces; first in row {start + row}"
             )
         end = columns.where(~left & (columns > first), keep.shape[1]).amin(1, keepdim=True)
         count = (end - first).clamp(min=0).flatten()
