@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from .attention import tuned_attention
-from .tuning import BUDGET_S
+
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float budget_s) -> Tensor"
 
 
-@torch.library.custom_op("stof_baselines::mcfuser_attention", mutates_args=())
-def mcfuser_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget_s: float = BUDGET_S
-) -> Tensor:
+@torch.library.custom_op("stof_baselines::mcfuser_attention", mutates_args=(), schema=_SCHEMA)
+def mcfuser_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget_s: float) -> Tensor:
     """softmax(scale q k^T + mask) v as (B, Lq, H, D), tuned at the first call with tensors of these shapes and strides."""
     return tuned_attention(q, k, v, mask, scale, tokens_first=True, budget_s=budget_s)(q, k, v, mask).transpose(1, 2)
 
 
 @mcfuser_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget_s: float = BUDGET_S) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget_s: float) -> Tensor:
     batch, heads, q_len, head_dim = q.shape
     return q.new_empty(batch, q_len, heads, head_dim)
