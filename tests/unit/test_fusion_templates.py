@@ -64,6 +64,10 @@ def heads(x):
     return x.view(*x.shape[:-1], -1, 8).transpose(1, 2)
 
 
+def split(x):
+    return x.view(*x.shape[:-1], -1, 32).transpose(1, 2)
+
+
 X, Y, H = (2, 9, 40), (2, 9, 48), (2, 3, 9, 16)
 # name: template, operators, module, shapes of its inputs
 CASES = {
@@ -87,6 +91,12 @@ CASES = {
         [X, X],
     ),
     "one row": ("rowwise", "add + layer_norm", Fn(lambda m, x, y: m.n(x + y), n=nn.LayerNorm(40)), [(1, 40), (1, 40)]),
+    "repeated rows": (
+        "rowwise",
+        "add + layer_norm",
+        Fn(lambda m, x, y: m.n(x + y), n=nn.LayerNorm(40)),
+        [X, (1, 9, 40)],
+    ),
     "bias": ("gemm", "linear", Fn(lambda m, x: m.a(x), a=linear()), [X]),
     "no bias": ("gemm", "linear", Fn(lambda m, x: m.a(x), a=linear(bias=False)), [X]),
     "gelu after": ("gemm", "linear + gelu", Fn(lambda m, x: F.gelu(m.a(x)), a=linear()), [X]),
@@ -144,7 +154,25 @@ CASES = {
         Fn(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), a=linear(40, 72, False), b=linear(40, 72), c=linear(72, 48)),
         [X],
     ),
+    "split depth": ("split_gemm", "linear + gelu", Fn(lambda m, x: F.gelu(m.a(x)), a=linear(256)), [(2, 9, 256)]),
+    "split depth, residual, norm": (
+        "split_gemm",
+        "linear + add + layer_norm",
+        Fn(lambda m, x, y: m.n(y + m.a(x)), a=linear(256), n=nn.LayerNorm(48)),
+        [(2, 9, 256), Y],
+    ),
     "rotation": ("rotary", "rope", Fn(lambda m, x, c, s: rotate(x, c, s)), [H, (1, 1, 9, 16), (1, 1, 9, 16)]),
+    "projections and rotations": (
+        "projection_rotary",
+        "linear x3 + rope + rope",
+        Fn(
+            lambda m, x, c, s: (rotate(split(m.a(x)), c, s), rotate(split(m.b(x)), c, s), split(m.c(x))),
+            a=linear(64, 96),
+            b=linear(64, 96),
+            c=linear(64, 96),
+        ),
+        [(2, 9, 64), (1, 1, 9, 32), (1, 1, 9, 32)],
+    ),
     "rotation of strided heads": (
         "rotary",
         "rope + rope",
@@ -201,7 +229,7 @@ def test_kernel_equals_the_segment(case):
 
 
 @triton
-@pytest.mark.parametrize("case", [c for c, v in CASES.items() if v[0] != "rotary"])
+@pytest.mark.parametrize("case", [c for c, v in CASES.items() if "rotary" not in v[0]])
 def test_every_input_matters(case):
     segment, inputs = segment_of(case)
     template = TEMPLATES[CASES[case][0]]
@@ -248,6 +276,12 @@ REASONS = {
     "gemm": {"gelu": "one linear operator first", "feed forward": "one linear operator first"},
     "gemm_gemm": {"gelu after": "two linear operators", "gelu": "two linear operators"},
     "rotary": {"gelu": "only rotary embeddings"},
+    "projection_rotary": {
+        "rotation": "one linear operator",
+        "query, key, value with head split": "one linear operator",
+    },
+    "split_gemm": {"bias": "rows of depth 40"},
+    "cublas": {"gelu": "cuBLASLt's|one linear layer"},
     "inductor": {"bias": "nothing to fuse"},
 }
 
@@ -267,7 +301,7 @@ def test_sizes_that_do_not_fit_are_refused():
     # The same without the norm is fine, and so is a transposed residual in no template.
     segment, _ = segment_of(("", "add", Fn(lambda m, x, y: x + y.t()), [(6, 4), (4, 6)]))
     assert "is a view that changes rows or columns" in TEMPLATES["rowwise"].supports(segment)
-    segment, _ = segment_of(("", "add", Fn(lambda m, x, y: x + y), [(2, 9, 40), (1, 9, 40)]))
+    segment, _ = segment_of(("", "add", Fn(lambda m, x, y: x + y), [(2, 9, 40), (2, 1, 40)]))
     assert "does not broadcast" in TEMPLATES["rowwise"].supports(segment)
 
 

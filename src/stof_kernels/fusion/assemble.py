@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .capture import VIEWS
-from .graph import OpGraph
+from .graph import Kind, OpGraph
 from .plan import Choice, FusionPlan
 from .segments import Run, Segment, cut
 from .templates import TEMPLATES, Setting
@@ -36,7 +36,10 @@ class Program:
 
 
 class Constants:
-    """Values that depend on weights and constants only, computed once and again after a weight behind them has changed."""
+    """Values that depend on weights and constants only, computed once and again after a weight behind them has changed.
+
+    The tensors stay the same ones: new values are written into them, so that a CUDA graph that reads them sees the change.
+    """
 
     def __init__(self, graph: OpGraph, needed: list[fx.Node]):
         module = graph.graph_module
@@ -52,8 +55,10 @@ class Constants:
         self._graph.output(tuple(copies[n] for n in needed))
         self._function = fx.GraphModule(torch.nn.Module(), self._graph)
         self._at = [placeholders.index(n) if n.op == "placeholder" else attribute(module, n.target) for n in sources]
+        attention = {node for op in graph.ops if op.kind is Kind.ATTENTION for node in op.nodes}
+        self._packed = [bool(n.users) and all(user in attention for user in n.users) for n in needed]
         self._state: tuple | None = None
-        self._values: Sequence[Tensor] = ()
+        self._values: list[Tensor] | None = None
 
     def current(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The values for the weights as they are now; ``inputs`` holds weights where Dynamo passes them in."""
@@ -61,9 +66,28 @@ class Constants:
         state = tuple((s.data_ptr(), 0 if s.is_inference() else s._version) for s in sources)
         if state != self._state or any(s.is_inference() for s in sources):
             with torch.no_grad():
-                self._values = self._function(*sources)
+                found = self._function(*sources)
+                found = [packed(v) if p else v for v, p in zip(found, self._packed, strict=True)]
+                if self._values is None:
+                    self._values = found
+                for old, new in zip(self._values, found, strict=True):
+                    if old is not new:
+                        unexpanded(old).copy_(unexpanded(new))
             self._state = state
         return self._values
+
+
+def packed(value: Tensor) -> Tensor:
+    """The same values with rows side by side in memory, repeated dimensions still not stored: attention reads a bias often."""
+    return unexpanded(value).contiguous().expand(value.shape)
+
+
+def unexpanded(value: Tensor) -> Tensor:
+    """One entry of each dimension that only repeats."""
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            value = value.narrow(dim, 0, 1)
+    return value
 
 
 def attribute(module: torch.nn.Module, target: str) -> Tensor:

@@ -15,12 +15,20 @@ from torch import Tensor, fx
 
 from .graph import OpGraph
 from .plan import OVERHEADS, Choice
+from .replay import capture
 from .segments import Run, Segment
 from .templates import TEMPLATES, Setting
+from .templates.compiler import CompilerPool
 
 _WARMUP, _SAMPLES, _SLICE_S = 1, 15, 0.05
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _FIRST_COMPILE_S = 12.0  # Inductor's first segment in a process also starts its compiler
+_INDUCTOR_SHARE = (
+    0.4  # of a budget on CUDA, where a segment takes Inductor seconds and Triton's templates a fraction of one
+)
+_REPLAY_US, _MOST_CALLS, _REPLAYS = 500.0, 32, 5  # a replay's length, calls in it, and timed replays
+_PARTS = ("building", "waiting", "inductor", "measuring")
+"""Where a search spends its time beside `OVERHEADS`; waiting for Triton's compilers and Inductor are parts of building."""
 
 
 class OutOfTime(Exception):
@@ -32,7 +40,7 @@ class Clock:
     """Wall time of a search by what it is spent on, and its budget in seconds."""
 
     budget: float
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*OVERHEADS, "building", "measuring"), 0.0))
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*OVERHEADS, *_PARTS), 0.0))
     start: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -65,33 +73,53 @@ class Meter(Protocol):
 class DeviceMeter:
     """Costs measured on the device that the tensors are on, with the values that the model really has there.
 
-    ``built`` keeps what was built for `assemble`, ``refused`` says why candidates were none.
+    ``built`` keeps what was built for `assemble`, ``refused`` says why candidates were none. With a ``pool``, `prepare` has
+    kernels compiled by other processes before `cost` needs them.
     """
 
-    def __init__(self, graph: OpGraph, values: dict[fx.Node, Tensor], clock: Clock):
-        self._graph, self._values, self._clock = graph, values, clock
+    def __init__(self, graph: OpGraph, values: dict[fx.Node, Tensor], clock: Clock, pool: CompilerPool | None = None):
+        self._graph, self._values, self._clock, self._pool = graph, values, clock, pool
         self._compile_s = _FIRST_COMPILE_S
+        self._timer = DeviceTimer()
+        self._expected: tuple[str, tuple[Tensor, ...]] = ("", ())
+        self._made: dict[tuple[str, str, Setting], Run] = {}
         self.refused: dict[str, str] = {}
         self.built: dict[tuple[str, str, Setting], Run] = {}
 
+    def prepare(self, segment: Segment, candidates: list[tuple[str, Setting]], rank: float) -> None:
+        """Have these candidates' kernels compiled in the background, those of lower rank first."""
+        if self._pool is None:
+            return
+        with self._clock.on("building"):
+            for template, setting in candidates:
+                if template not in ("eager", "inductor"):
+                    for launch in getattr(self._build(segment, template, setting), "launches", ()):
+                        self._pool.submit(launch.task, rank)
+
+    def _build(self, segment: Segment, template: str, setting: Setting) -> Run | None:
+        key = (segment.key, template, setting)
+        if key not in self._made:
+            try:
+                self._made[key] = TEMPLATES[template].build(segment, setting)
+            except Exception:
+                return None  # `cost` meets it again and says why
+        return self._made[key]
+
     def cost(self, segment: Segment, template: str, setting: Setting) -> float:
         """Build, compare with the segment's own result, time. Raises `OutOfTime` before what would not fit the budget."""
+        self._clock.require()
         if template == "inductor":
             self._clock.require(self._compile_s)
-        self._clock.require()
         inputs = [self._values[node] for node in segment.sources]
         try:
             with self._clock.on("building"), torch.no_grad():
-                began = time.perf_counter()
-                run = TEMPLATES[template].build(segment, setting)
-                produced = run(*inputs)
-                if template == "inductor":
-                    self._compile_s = time.perf_counter() - began
+                run, produced = self._first_call(segment, template, setting, inputs)
             with self._clock.on("measuring"), torch.no_grad():
-                wrong = disagreement(produced, segment.module(*inputs)) if template != "eager" else None
+                wrong = disagreement(produced, self._reference(segment, inputs)) if template != "eager" else None
+                del produced
                 if wrong is None:
                     self.built[segment.key, template, setting] = run
-                    return time_us(run, inputs, segment.device)
+                    return self._timer.time_us(run, segment, inputs)
         except torch.OutOfMemoryError:
             wrong = "out of memory"
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
@@ -101,6 +129,38 @@ class DeviceMeter:
             wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self.refused[f"{segment} by {Choice(template, setting)}"] = wrong
         return math.inf
+
+    def _first_call(
+        self, segment: Segment, template: str, setting: Setting, inputs: list[Tensor]
+    ) -> tuple[Run, tuple[Tensor, ...]]:
+        began = time.perf_counter()
+        if template == "inductor":
+            self._admit(segment)
+        run = self._made.get((segment.key, template, setting)) or TEMPLATES[template].build(segment, setting)
+        if self._pool is not None:
+            for launch in getattr(run, "launches", ()):
+                with self._clock.on("waiting"):
+                    reason = self._pool.submit(launch.task, rank=-1.0).result()
+                if reason is not None:
+                    raise RuntimeError(reason)
+        produced = run(*inputs)
+        if template == "inductor":
+            self._compile_s = time.perf_counter() - began
+            self._clock.spent["inductor"] += self._compile_s
+        return run, produced
+
+    def _admit(self, segment: Segment) -> None:
+        """Raises RuntimeError if Inductor has had its share of the budget."""
+        share, spent = _INDUCTOR_SHARE * self._clock.budget, self._clock.spent["inductor"]
+        if segment.device.type == "cuda" and spent and spent + self._compile_s > share:
+            raise RuntimeError(f"Inductor has had its share of the budget, {share:.0f} s")
+
+    def _reference(self, segment: Segment, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """The segment's own results, kept until another segment is asked for."""
+        if self._expected[0] != segment.key:
+            self._expected = ("", ())
+            self._expected = (segment.key, segment.module(*inputs))
+        return self._expected[1]
 
 
 def disagreement(got: list[Tensor] | tuple[Tensor, ...], want: tuple[Tensor, ...]) -> str | None:
@@ -113,7 +173,8 @@ def disagreement(got: list[Tensor] | tuple[Tensor, ...], want: tuple[Tensor, ...
                 return "an integer result differs"
             continue
         scale = b.abs().max().nan_to_num().clamp(min=1.0)
-        error = float(((a.double() - b.double()).abs().max() / scale) if a.numel() else 0.0)
+        wide = torch.float64 if b.dtype in (torch.float32, torch.float64) else torch.float32
+        error = float(((a.to(wide) - b.to(wide)).abs().max() / scale) if a.numel() else 0.0)
         if not error <= _TOLERANCE.get(a.dtype, 1e-4):
             return f"a result differs by {error:.1e} of its range"
     return None
@@ -146,6 +207,75 @@ def _cuda_sample(run: Run, inputs: list[Tensor]) -> float:
     return start.elapsed_time(stop) * 1e3
 
 
+class DeviceTimer:
+    """Times segments; on CUDA by replays of a graph of several calls, as the model will run them.
+
+    In the model every layer has its own weights, which come from memory. So the calls of a graph take turns on copies of the
+    weights, enough of them that the L2 cache cannot hold all; where activations alone overflow it there is no need.
+    """
+
+    def __init__(self):
+        self._pool: tuple | None = None
+        self._holder: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._sets: tuple[str, list[list[Tensor]]] = ("", [])
+
+    def time_us(self, run: Run, segment: Segment, inputs: list[Tensor]) -> float:
+        """Microseconds of one call."""
+        if segment.device.type != "cuda":
+            return time_us(run, inputs, segment.device)
+        estimate = _cuda_sample(run, inputs)
+        sets = self._turns(segment, inputs)
+        calls = max(1, min(_MOST_CALLS, math.ceil(_REPLAY_US / max(1.0, estimate))))
+        if len(sets) > 1:
+            calls = min(_MOST_CALLS, max(calls, len(sets)))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._record(graph, lambda: _in_turn(run, sets, calls))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            torch.cuda.synchronize()
+            return time_us(run, inputs, segment.device)
+        graph.replay()
+        return min(_cuda_sample(graph.replay, []) for _ in range(_REPLAYS)) / calls
+
+    def _record(self, graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+            self._holder = torch.cuda.CUDAGraph()  # as long as one graph lives, its pool's memory is there for the next
+            with torch.cuda.stream(self._stream):
+                capture(self._holder, lambda: torch.zeros(1, device="cuda"))
+            self._pool = self._holder.pool()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            capture(graph, call, self._pool)
+
+    def _turns(self, segment: Segment, inputs: list[Tensor]) -> list[list[Tensor]]:
+        """The inputs, and as often as the cache asks for, with copies of the weights."""
+        if self._sets[0] == segment.key:
+            return self._sets[1]
+        self._sets = ("", [])
+        cache = torch.cuda.get_device_properties(segment.device).L2_cache_size
+        heavy = {i for i, t in enumerate(inputs) if segment.weights[i] and t.numel() >= 1 << 16 and _dense(t)}
+        weights = sum(inputs[i].nbytes for i in heavy)
+        moved = sum(t.nbytes for i, t in enumerate(inputs) if not segment.weights[i])
+        count = 1 if not heavy or moved > cache else min(_MOST_CALLS, -(-2 * cache // weights))
+        sets = [inputs] + [[t.clone() if i in heavy else t for i, t in enumerate(inputs)] for _ in range(count - 1)]
+        self._sets = (segment.key, sets)
+        return sets
+
+
+def _in_turn(run: Run, sets: list[list[Tensor]], calls: int) -> None:
+    for i in range(calls):
+        run(*sets[i % len(sets)])
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether a copy takes as much memory as the tensor seems to: nothing in it is repeated."""
+    return all(stride != 0 or size == 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 @dataclass
 class Space:
     """Candidates of one segment in a fixed random order, and the best one measured so far."""
@@ -156,7 +286,10 @@ class Space:
 
     @classmethod
     def of(cls, segment: Segment, seed: int, allowed: Callable[[str], bool]) -> Space:
-        """All that any template offers: eager first, then each template's default, then the rest shuffled by the seed."""
+        """All that any template offers: eager first, then each template's default, then the rest shuffled by the seed.
+
+        On CUDA Inductor comes last where there is a template: it takes seconds for what a template takes a fraction of one.
+        """
         first, rest = [("eager", ())], []
         for name, template in TEMPLATES.items():
             if name == "eager" or not allowed(name) or template.supports(segment) is not None:
@@ -165,7 +298,10 @@ class Space:
             first.append((name, settings[0]))
             rest += [(name, s) for s in settings[1:]]
         random.Random(f"{seed} {segment.key}").shuffle(rest)
-        return cls(segment, first + rest)
+        found = first + rest
+        if segment.device.type == "cuda" and len(first) > 2:
+            found.sort(key=lambda candidate: candidate[0] == "inductor")
+        return cls(segment, found)
 
     def sample(self, meter: Meter, most: int) -> int:
         """Measure up to ``most`` more candidates; returns how many there were."""

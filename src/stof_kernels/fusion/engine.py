@@ -20,8 +20,10 @@ from .costs import Clock, DeviceMeter, time_us
 from .graph import OpGraph, build
 from .inputs import Mismatch
 from .plan import BlockPlan, Choice, FusionPlan
+from .replay import Replay
 from .scheme import FusionScheme
 from .search import Progress, Search, SearchSettings
+from .templates.compiler import CompilerPool
 
 # How far a tuned model may be from the model in its own precision, relative to the largest output.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -39,7 +41,9 @@ class Optimized(nn.Module):
     parameter by another object is not seen.
     """
 
-    def __init__(self, model: nn.Module, captured: Captured | None, program: Program | None, plan: FusionPlan | None):
+    def __init__(
+        self, model: nn.Module, captured: Captured | None, program: Program | Replay | None, plan: FusionPlan | None
+    ):
         super().__init__()
         self.model = model
         self.plan = plan
@@ -56,7 +60,9 @@ class Optimized(nn.Module):
             except Mismatch as difference:
                 reason = str(difference)
             else:
-                if not torch.is_grad_enabled() or not self._wants_gradients(flat):
+                if not torch.is_grad_enabled():
+                    return self._captured.unflatten(self._program(*flat))
+                if not self._wants_gradients(flat):
                     with torch.no_grad():
                         return self._captured.unflatten(self._program(*flat))
                 reason = "gradients are wanted, the tuned model is forward only"
@@ -173,10 +179,11 @@ def tune(
     use_cache: bool,
     progress: Progress,
     reference: Callable[[], Any],
-) -> tuple[Program | None, FusionPlan]:
+) -> tuple[Program | Replay | None, FusionPlan]:
     """The program of the best plan and the plan; the program is None where the model as it is should run.
 
-    A plan is kept only if its outputs agree with the eager operators' and it is no slower than ``reference()``, the model.
+    A plan is kept only if its outputs agree with the eager operators' and it is no slower than ``reference()``, the model. On
+    CUDA it is replayed as one graph where its inputs allow.
     """
     graph = build(captured)
     depends = cache.dependencies(graph, asdict(settings))
@@ -188,7 +195,7 @@ def tune(
         plan, built = search(graph, flat, settings, clock, progress)
     program = None
     if plan.use == "plan":
-        program, plan = _accept(graph, plan, built, flat, reference if fresh else None)
+        program, plan = _accept(graph, plan, built, flat, reference if fresh else None, progress)
     if fresh and use_cache:
         cache.store(depends, plan)
     return program, plan
@@ -199,9 +206,11 @@ def search(
 ) -> tuple[FusionPlan, Built]:
     """A new search over a graph, with costs measured on the tensors that these inputs lead to, and what it built."""
     parts = blocks.split(graph)
-    values = record(graph, parts, flat)
-    meter = DeviceMeter(graph, values, clock)
-    plan = Search(graph, parts, settings, meter, clock, progress).run()
+    on_cuda = bool(flat) and any(t.device.type == "cuda" for t in flat)
+    with CompilerPool(processes=None if on_cuda else 0) as pool:
+        values = record(graph, parts, flat)
+        meter = DeviceMeter(graph, values, clock, pool if on_cuda else None)
+        plan = Search(graph, parts, settings, meter, clock, progress).run()
     plan.counts["refused"] = len(meter.refused)
     for what, why in meter.refused.items():
         progress(f"refused: {what}: {why}")
@@ -241,8 +250,13 @@ def _covers(graph: OpGraph, plan: FusionPlan) -> bool:
 
 
 def _accept(
-    graph: OpGraph, plan: FusionPlan, built: Built, flat: list[Tensor], reference: Callable[[], Any] | None
-) -> tuple[Program | None, FusionPlan]:
+    graph: OpGraph,
+    plan: FusionPlan,
+    built: Built,
+    flat: list[Tensor],
+    reference: Callable[[], Any] | None,
+    progress: Progress,
+) -> tuple[Program | Replay | None, FusionPlan]:
     """The plan's program if it is right and not slower than the model, else the reason in the plan."""
     eager = assemble(graph, eager_plan(graph))
     try:
@@ -251,11 +265,14 @@ def _accept(
     except Exception as error:
         # A cached plan may name a compiler that is gone, or memory may not suffice: the eager operators always run.
         wrong = f"the plan could not be built: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    del eager
     if wrong is not None:
         plan.use, plan.why = "model", wrong
         return None, plan
+    device = next((t.device for t in flat if t.device.type == "cuda"), flat[0].device if flat else torch.device("cpu"))
+    if device.type == "cuda":
+        program = _replayed(graph, program, device, flat, progress)
     if reference is not None:
-        device = flat[0].device if flat else torch.device("cpu")
         tuned, model = (time_us(run, [], device) for run in (lambda: program(*flat), reference))
         plan.seconds["tuned_call"], plan.seconds["model_call"] = tuned / 1e6, model / 1e6
         if tuned > model:
@@ -264,12 +281,38 @@ def _accept(
     return program, plan
 
 
+def _replayed(
+    graph: OpGraph, program: Program, device: torch.device, flat: list[Tensor], progress: Progress
+) -> Program | Replay:
+    """The program behind CUDA graphs, or as it is where it cannot be captured."""
+    signature = graph.captured.signature
+    kept = signature.mask_positions if signature is not None else _kept(graph.captured, flat)
+    reason = Replay.refuses(flat, kept)
+    if reason is None:
+        replay = Replay(program, device, kept)
+        try:
+            replay(*flat)
+            return replay
+        except Exception as error:
+            torch.cuda.synchronize(device)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    progress(f"no CUDA graph: {reason}")
+    return program
+
+
+def _kept(captured: Captured, flat: list[Tensor]) -> list[int]:
+    """Inputs of a graph of Dynamo's that are read where they are: weights, and what is on the CPU."""
+    names = [node.name for node in captured.graph_module.graph.nodes if node.op == "placeholder"]
+    return [i for i, name in enumerate(names) if name in captured.weights or flat[i].device.type == "cpu"]
+
+
 def _difference(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> str | None:
     for a, b in zip(got, want, strict=True):
         if not a.is_floating_point():
             continue
         scale = b.abs().max().nan_to_num().clamp(min=1.0) if b.numel() else 1.0
-        error = float((a.double() - b.double()).abs().max() / scale) if a.numel() else 0.0
+        wide = torch.float64 if b.dtype in (torch.float32, torch.float64) else torch.float32
+        error = float((a.to(wide) - b.to(wide)).abs().max() / scale) if a.numel() else 0.0
         if not error <= _TOLERANCE.get(a.dtype, 1e-3):
             return f"the tuned outputs differ by {error:.1e} of their range"
     return None

@@ -60,6 +60,18 @@ class Signature:
                 flat.append(leaf)
         return flat
 
+    @property
+    def mask_positions(self) -> list[int]:
+        """Positions of the masks' tensors among the flat ones."""
+        at, found = 0, []
+        for known in self.leaves:
+            if isinstance(known, _MaskLeaf):
+                found += range(at, at + _MASK_TENSORS)
+                at += _MASK_TENSORS
+            elif isinstance(known, _TensorLeaf):
+                at += 1
+        return found
+
     def plan_masks(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Choose kernels for the call's masks anew, as for masks never seen: what planning costs a first call."""
         masks = [leaf for leaf in _flatten(args, kwargs)[0] if isinstance(leaf, SparseMask)]

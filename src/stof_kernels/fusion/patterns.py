@@ -157,6 +157,27 @@ def _clamp(clamp: fx.Node) -> Match | None:
     return group if len(group) > 1 else None
 
 
+def overflow_guard(clamp: fx.Node) -> Match | None:
+    """The nodes of T5's guard if this is exactly it: +-c with c = max - 1000 where any float16 is infinite, else max."""
+    if clamp.meta["val"].dtype != torch.float16 or len(clamp.args) != 3 or (group := _clamp(clamp)) is None:
+        return None
+    low, high = clamp.args[1], clamp.args[2]
+    if not _is(low, aten.neg.default) or low.args[0] is not high or high.target not in _CHOICES:
+        return None
+    condition, *bounds = high.args
+    found = [
+        b.args[1] if _is(b, aten.full.default) else b.args[0] if _is(b, aten.scalar_tensor.default) else b
+        for b in bounds
+    ]
+    largest = torch.finfo(torch.float16).max
+    any_inf = (
+        _is(condition, aten.any.default) and len(condition.args) == 1 and _is(condition.args[0], aten.isinf.default)
+    )
+    if found != [largest - 1000, largest] or not any_inf or condition.args[0].args[0] is not clamp.args[0]:
+        return None
+    return group
+
+
 def _is(node: object, target: Callable) -> bool:
     return isinstance(node, fx.Node) and node.target is target
 
@@ -179,6 +200,7 @@ def _is_score(node: fx.Node) -> bool:
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _SCORE_STEPS = {_ADD, _MULTIPLY, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self} | _CASTS
+_CHOICES = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar}
 _GUARD_STEPS = {
     aten.isinf.default,
     aten.any.default,

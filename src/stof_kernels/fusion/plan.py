@@ -50,7 +50,8 @@ class BlockPlan:
 class FusionPlan:
     """The plan of a whole graph and the search that found it.
 
-    ``seconds`` are wall times: ``total``, ``building``, ``measuring`` and the four of `OVERHEADS`. ``counts`` are numbers of
+    ``seconds`` are wall times: ``total``, ``building`` (``waiting`` for compilers and ``inductor`` are parts of it),
+    ``measuring`` and the four of `OVERHEADS`. ``counts`` are numbers of
     schemes tried, candidates measured and refused. ``use`` is ``plan``, or ``model`` to run the model itself (``why``).
     """
 

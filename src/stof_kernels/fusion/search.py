@@ -17,7 +17,7 @@ from .costs import Clock, Meter, OutOfTime, Space
 from .graph import Kind, OpGraph
 from .moves import moves
 from .plan import BlockPlan, Choice, FusionPlan
-from .scheme import FusionScheme
+from .scheme import MAX_COMPUTE, FusionScheme
 from .segments import Segment, cut
 
 Progress = Callable[[str], None]
@@ -27,7 +27,7 @@ Progress = Callable[[str], None]
 class SearchSettings:
     """``budget_s`` seconds in all; ``samples`` candidates per segment in stage 1; ``round_samples`` per round of stage 2.
 
-    A candidate costs milliseconds on a GPU but seconds of a C++ compiler on the CPU, so ``samples`` 0 means 6 there and 2 here.
+    A candidate costs milliseconds on a GPU but seconds of a C++ compiler on the CPU, so ``samples`` 0 means 8 there and 2 here.
     ``gain`` is the share by which a move has to be faster to be kept: what is below is noise. ``templates`` restricts the
     templates (None: all); eager is always there.
     """
@@ -97,6 +97,7 @@ class Search:
     def _first_stage(self, i: int) -> None:
         block = self.blocks[i]
         kinds = [self.graph.ops[j].kind for j in block.layer(0)]
+        self._ahead(i, kinds)
         # The unfused scheme is measured first, so that whatever happens later there is something to compare with.
         best = self._evaluate(i, self.schemes[i])
         for scheme in start_schemes(self.graph, block):
@@ -107,6 +108,23 @@ class Search:
             while (improved := self._step(i, kinds, product, best)) is not None:
                 best = improved
         self.progress(f"block {i + 1}/{len(self.blocks)}: {self.schemes[i]}, {best:.0f} us a layer")
+
+    def _ahead(self, i: int, kinds: list[Kind]) -> None:
+        """Have the kernels of all segments that the moves may come to compiled in the background, the shortest first."""
+        prepare = getattr(self.meter, "prepare", None)
+        if prepare is None or self.graph.ops[self.blocks[i].start].outputs[0].meta["val"].device.type != "cuda":
+            return
+        n = len(kinds)
+        for length in range(1, n + 1):
+            for start in range(n - length + 1):
+                inside = kinds[start : start + length]
+                if Kind.ATTENTION in inside or inside.count(Kind.COMPUTE) > MAX_COMPUTE:
+                    continue
+                space = self._space(self._cut(i, start, start + length))
+                prepare(space.segment, space.waiting[: self._samples(space.segment)], rank=float(length))
+
+    def _samples(self, segment: Segment) -> int:
+        return self.settings.samples or (2 if segment.device.type == "cpu" else 8)
 
     def _step(self, i: int, kinds: list[Kind], product: int, best: float) -> float | None:
         """The first move around a product that gains, kept; None if none does."""
@@ -142,8 +160,7 @@ class Search:
         total = 0.0
         for segment in self._segments(i, decoded):
             space = self._space(segment)
-            samples = self.settings.samples or (2 if segment.device.type == "cpu" else 6)
-            missing = samples - self._tried(space)
+            missing = self._samples(segment) - self._tried(space)
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
             total += space.best.cost_us if space.best else math.inf
@@ -161,6 +178,9 @@ class Search:
             for segment in self._segments(i, self.schemes[i]):
                 weights[segment.key] = weights.get(segment.key, 0.0) + block.count
         shares = {key: 1.0 for key in weights if self.spaces[key].waiting}
+        prepare = getattr(self.meter, "prepare", None)
+        for key in shares if prepare is not None else ():
+            prepare(self.spaces[key].segment, self.spaces[key].waiting, rank=0.0)
         while shares:
             gains = self._round(shares, weights)
             with self.clock.on("reward"):
@@ -185,14 +205,14 @@ class Search:
     # ---- segments ----------------------------------------------------------------------------------------------------
 
     def _segments(self, i: int, scheme: FusionScheme) -> list[Segment]:
-        start = self.blocks[i].start
-        found = []
-        for part in scheme.segments:
-            at = (i, part.start, part.stop)
-            if at not in self._cuts:
-                self._cuts[at] = cut(self.graph, range(start + part.start, start + part.stop))
-            found.append(self._cuts[at])
-        return found
+        return [self._cut(i, part.start, part.stop) for part in scheme.segments]
+
+    def _cut(self, i: int, first: int, stop: int) -> Segment:
+        """Operators ``first`` to ``stop`` of a block's first layer."""
+        at, start = (i, first, stop), self.blocks[i].start
+        if at not in self._cuts:
+            self._cuts[at] = cut(self.graph, range(start + first, start + stop))
+        return self._cuts[at]
 
     def _space(self, segment: Segment) -> Space:
         if segment.key not in self.spaces:

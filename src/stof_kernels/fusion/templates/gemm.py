@@ -1,7 +1,8 @@
 """Matrix products with what follows them, in one kernel (Triton): bias, activation, gate, residual, norm.
 
-Products that share an input (query, key, value; a gate and what it gates) are computed side by side in one pass over it. What
-follows a product runs on the accumulator; a norm there needs the whole row in one tile.
+Products that share an input either stand side by side in one launch (query, key, value: nothing follows but their biases) or
+are computed together in one pass over it (a gate and what it gates). What follows a product runs on the accumulator; a norm
+there needs the whole row in one tile.
 """
 
 from __future__ import annotations
@@ -15,68 +16,29 @@ from torch import Tensor, fx
 from ..graph import Kind
 from ..segments import Run, Segment
 from .base import Setting, Template, Unsupported, require_triton, setting
-from .library import load
+from .gemm_source import Product, gemm_launch, product_of
 from .rows import RowProgram, base_of, through_views
-from .rowwise import empty_outputs, indent, power_of_two, stores
+from .rowwise import empty_outputs
+from .tiles import candidates, device_of, power_of_two
 
 aten = torch.ops.aten
 _MOST_WIDE = 1024  # columns of a row that one block holds as float32 accumulators
 
-_KERNEL = """
-@triton.jit
-def kernel(x_ptr, {pointers}, M, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    # Neighbouring blocks take neighbouring rows of one column tile, so that weights are read from L2.
-    tiles_m, tiles_n = tl.cdiv(M, BM), {tiles_n}
-    pid, width = tl.program_id(0), GROUP * tiles_n
-    first = pid // width * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    rows = (first + pid % width % height) * BM + tl.arange(0, BM)
-    cols = pid % width // height * BN + tl.arange(0, BN)
-    ks = tl.arange(0, BK)
-    inside = (rows[:, None] < M) & (cols[None, :] < {columns})
-    rows64 = rows.to(tl.int64)
-{zeros}
-    for k in range(0, {depth}, BK):
-        at = k + ks
-        x = tl.load(x_ptr + rows64[:, None] * {depth} + at[None, :],
-                    mask=(rows[:, None] < M) & (at[None, :] < {depth}), other=0.0)
-{products}
-{body}
-{stores}
-"""
-
-
-@dataclass(frozen=True)
-class Product:
-    """One matrix product: its node, weight and bias, and whether the weight is (in, out) instead of (out, in)."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    transposed: bool
-
-
-def product_of(node: fx.Node) -> Product | None:
-    """The product that a node computes, or None."""
-    if node.target is aten.linear.default:
-        x, weight, bias = (*node.args, None)[:3]
-        return Product(node, x, weight, bias, transposed=False)
-    if node.target is aten.addmm.default and not node.kwargs:
-        return Product(node, node.args[1], node.args[2], node.args[0], transposed=True)
-    if node.target is aten.mm.default:
-        return Product(node, *node.args, None, transposed=True)
-    return None
-
 
 @dataclass
 class GemmProgram:
-    """Products of one input and the row program that follows them."""
+    """Products of one input and the row program that follows them; ``sides``: how many stand side by side."""
 
     products: list[Product]
     x: fx.Node
     depth: int
     rows: RowProgram
+    sides: int = 1
+
+    @property
+    def count(self) -> int:
+        """Accumulators of one tile."""
+        return len(self.products) // self.sides
 
 
 class Gemm(Template):
@@ -91,101 +53,77 @@ class Gemm(Template):
 
     def program(self, segment: Segment) -> GemmProgram:
         """The segment as products and a row program."""
-        if segment.kinds[0] is not Kind.COMPUTE or Kind.COMPUTE in segment.kinds[1:] or Kind.ATTENTION in segment.kinds:
-            raise Unsupported("one linear operator first and memory-intensive ones after it, this segment differs")
-        products = [p for p in map(product_of, segment.computing) if p is not None]
-        if len(products) != segment.ops[0].gemms:
-            raise Unsupported(f"{segment.ops[0]} is no linear layer")
-        x = common_input(products)
-        columns = products[0].node.meta["val"].shape[-1]
-        rows = RowProgram(segment, products[0].node.meta["val"].numel() // columns, columns)
-        start(rows, products)
-        rows.compute([n for n in segment.computing if n not in rows.values])
-        rows.store()
-        if rows.reduces and power_of_two(columns) > _MOST_WIDE:
+        program = gemm_program(segment)
+        if program.rows.reduces and power_of_two(program.rows.columns) > _MOST_WIDE:
+            columns = program.rows.columns
             raise Unsupported(f"a norm over {columns} columns, allowed: up to {_MOST_WIDE} behind a matrix product")
-        return GemmProgram(products, x, x.meta["val"].shape[-1], rows)
+        return program
 
     def settings(self, segment: Segment) -> list[Setting]:
         """Tile sizes, warps and pipeline stages that fit registers and shared memory."""
         program = self.program(segment)
-        whole, count = power_of_two(program.rows.columns), len(program.products)
-        widths = (
-            [whole]
-            if program.rows.reduces
-            else sorted({min(whole, n) for n in (64, 128, 32, 256)}, key=lambda n: abs(n - 128))
-        )
-        heights = sorted({min(power_of_two(program.rows.rows), m) for m in (16, 32, 64, 128)}, reverse=True)
-        size = program.x.meta["val"].element_size()
-        found = [
-            setting(BM=m, BN=n, BK=k, warps=w, stages=s)
-            for n in widths
-            for m in heights
-            for k in (64, 32, 16)
-            for w in (4, 8)
-            for s in (3, 2, 4)
-            if k <= power_of_two(program.depth) and _fits(m, n, k, w, s, count, size, segment.device)
-        ]
-        return found or [setting(BM=16, BN=widths[0], BK=16, warps=8, stages=2)]
+        rows, size, device = program.rows, program.x.meta["val"].element_size(), device_of(segment.device)
+        if rows.reduces:
+            return whole_rows(rows.rows, power_of_two(rows.columns), program.depth, program.count)
+        found = candidates(rows.rows, rows.columns, program.depth, program.count, program.sides, size, device)
+        return found or [setting(BM=16, BN=16, BK=16, warps=4, stages=2)]
 
     def build(self, segment: Segment, setting: Setting) -> Run:
         """The kernel of this segment and its launch."""
-        program, values = self.program(segment), dict(setting)
+        program = self.program(segment)
         rows = program.rows
-        kernel = load(_source(program)).kernel
+        launch, grid = gemm_launch(program, segment.device, dict(setting))
         places = segment.placeholders
         picked = [places.index(node) for node in (program.x, *(p.weight for p in program.products), *rows.inputs)]
-        grid = (-(-rows.rows // values["BM"]) * -(-rows.columns // values["BN"]),)
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            stored = empty_outputs(rows)
-            kernel[grid](
-                *(inputs[i] for i in picked),
-                *stored,
-                rows.rows,
-                BM=values["BM"],
-                BN=values["BN"],
-                BK=values["BK"],
-                GROUP=8,
-                num_warps=values["warps"],
-                num_stages=values["stages"],
-            )
+            beside = program.sides > 1
+            stored = list(torch.empty(shape, dtype=dtype, device=device)) if beside else empty_outputs(rows)
+            launch(grid, *(inputs[i] for i in picked), *stored)
             return rows.returns(stored, inputs)
 
+        value = program.products[0].node.meta["val"]
+        shape, dtype, device = (program.sides, *value.shape), value.dtype, value.device
+        run.launches = (launch,)
         return run
 
 
-def _source(program: GemmProgram) -> str:
-    rows, count = program.rows, len(program.products)
-    pointers = [f"w{i}_ptr" for i in range(count)] + rows.pointers + [f"o{i}_ptr" for i in range(len(rows.outputs))]
-    return _KERNEL.format(
-        pointers=", ".join(pointers),
-        columns=rows.columns,
-        depth=program.depth,
-        tiles_n=f"tl.cdiv({rows.columns}, BN)",
-        zeros=indent([f"acc{i} = tl.zeros((BM, BN), tl.float32)" for i in range(count)]),
-        products=indent([f"    {line}" for line in product_lines(program.products, rows.columns, program.depth)]),
-        body=indent([*rows.loads, *rows.lines]),
-        stores=indent(stores(rows)),
-    )
+def gemm_program(segment: Segment) -> GemmProgram:
+    """A linear operator and the memory-intensive ones after it. Raises `Unsupported` for other segments."""
+    if segment.kinds[0] is not Kind.COMPUTE or Kind.COMPUTE in segment.kinds[1:] or Kind.ATTENTION in segment.kinds:
+        raise Unsupported("one linear operator first and memory-intensive ones after it, this segment differs")
+    products = [p for p in map(product_of, segment.computing) if p is not None]
+    if len(products) != segment.ops[0].gemms:
+        raise Unsupported(f"{segment.ops[0]} is no linear layer")
+    x = common_input(products)
+    shape = products[0].node.meta["val"].shape
+    rows = RowProgram(segment, products[0].node.meta["val"].numel() // shape[-1], shape[-1], lead=lead_of(segment))
+    start(rows, products)
+    rows.compute([n for n in segment.computing if n not in rows.values])
+    rows.store()
+    sides = len(products) if _independent(segment, products, rows) else 1
+    return GemmProgram(products, x, x.meta["val"].shape[-1], rows, sides)
 
 
-def product_lines(products: list[Product], columns: int, depth: int) -> list[str]:
-    """Lines that load the weights' tiles at depth ``at`` and columns ``cols`` and add their products with ``x``."""
-    lines = []
-    for i, product in enumerate(products):
-        step = (columns, 1) if product.transposed else (1, depth)
-        lines.append(
-            f"w{i} = tl.load(w{i}_ptr + at[:, None].to(tl.int64) * {step[0]} + cols[None, :].to(tl.int64) * {step[1]}, "
-            f"mask=(at[:, None] < {depth}) & (cols[None, :] < {columns}), other=0.0)"
-        )
-        lines.append(f"acc{i} = tl.dot(x, w{i}, acc{i}{exact(product)})")
-    return lines
+def _independent(segment: Segment, products: list[Product], rows: RowProgram) -> bool:
+    """Whether several products are all that there is, with biases on all of them or on none."""
+    biases = {p.bias is None for p in products}
+    alone = len(segment.ops) == 1 and rows.outputs == [p.node for p in products]
+    alone = alone and len(rows.inputs) in (0, len(products))
+    return len(products) > 1 and alone and len(biases) == 1 and len({p.transposed for p in products}) == 1
 
 
-def exact(product: Product) -> str:
-    """float32 products are exact; half precision accumulates in float32 either way."""
-    return ', input_precision="ieee"' if product.x.meta["val"].dtype == torch.float32 else ""
+def lead_of(segment: Segment) -> tuple[int, ...]:
+    """The dimensions that count the rows of a segment's results."""
+    return tuple(base_of(segment.outputs[-1]).meta["val"].shape[:-1])
+
+
+def whole_rows(rows: int, wide: int, depth: int, count: int) -> list[Setting]:
+    """Settings of a tile that holds whole rows; it cannot be tall."""
+    step = next((s for s in (64, 32, 16) if depth % s == 0), 16)
+    heights = [m for m in (16, 32, 64) if m <= max(16, power_of_two(rows)) and m * wide * count <= 64 * 1024]
+    found = [setting(BM=m, BN=wide, BK=min(step, k), warps=8, stages=s) for m in heights for k, s in ((64, 2), (32, 3))]
+    return list(dict.fromkeys(found)) or [setting(BM=16, BN=wide, BK=16, warps=8, stages=2)]
 
 
 def common_input(products: list[Product]) -> fx.Node:
@@ -217,13 +155,3 @@ def require_contiguous(*nodes: fx.Node) -> None:
             raise Unsupported(f"an operand {tuple(node.meta['val'].shape)} of the product is not a contiguous input")
         if not node.meta["val"].is_floating_point():
             raise Unsupported(f"a product of {node.meta['val'].dtype}, allowed: floating point")
-
-
-def _fits(m: int, n: int, k: int, warps: int, stages: int, count: int, size: int, device: torch.device) -> bool:
-    """Whether tiles fit: accumulators in about half of the registers of the block, operands in shared memory."""
-    if m * n * count > 32 * warps * 128:
-        return False
-    limit = 96 * 1024  # what the smallest of the supported cards gives one block
-    if device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return (m * k + n * k * count) * size * stages <= limit

@@ -13,16 +13,22 @@ from torch import Tensor, fx
 from ..graph import Kind
 from ..segments import Run, Segment
 from .base import Setting, Template, Unsupported, require_triton, setting
-from .gemm import Product, common_input, exact, product_lines, product_of, require_contiguous, start
-from .library import load
+from .gemm import common_input, lead_of, require_contiguous, start
+from .gemm_source import Product, exact, product_of
+from .library import Launch
 from .rows import RowProgram, through_views
-from .rowwise import empty_outputs, indent, power_of_two, stores
+from .rowwise import empty_outputs, indent, stores
+from .tiles import device_of, power_of_two
 
 _MOST_WIDE = 1024  # columns of the result that one block accumulates
 
 _KERNEL = """
 @triton.jit
-def kernel(x_ptr, {pointers}, M, BM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def kernel(x_ptr, {pointers}, M: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+           OVERLAP: tl.constexpr):
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     rows64 = rows.to(tl.int64)
     outer = tl.arange(0, BN)
@@ -88,7 +94,7 @@ class GemmGemm(Template):
         require_contiguous(last.weight)
         inner = first[0].node.meta["val"].shape[-1]
         rows = first[0].node.meta["val"].numel() // inner
-        between = RowProgram(segment, rows, inner, prefix="a")
+        between = RowProgram(segment, rows, inner, prefix="a", lead=lead_of(segment))
         start(between, first)
         order = segment.computing
         at = order.index(last.node)
@@ -97,7 +103,7 @@ class GemmGemm(Template):
         if between.reduces or hidden not in between.values:
             raise Unsupported("what stands between the products is not elementwise on the first")
         columns = last.node.meta["val"].shape[-1]
-        after = RowProgram(segment, rows, columns)
+        after = RowProgram(segment, rows, columns, lead=lead_of(segment))
         start(after, second)
         after.compute(order[at + 1 :])
         after.store()
@@ -108,20 +114,19 @@ class GemmGemm(Template):
     def settings(self, segment: Segment) -> list[Setting]:
         """Rows of a block, width of an inner step, depth of a step, warps."""
         program = self.program(segment)
-        wide = power_of_two(program.after.columns)
+        wide, shared = power_of_two(program.after.columns), device_of(segment.device).shared
+        size = program.x.meta["val"].element_size()
         return [
-            setting(BM=m, BH=h, BK=k, BN=wide, warps=w)
+            setting(BM=m, BH=h, BK=k, BN=wide, warps=8)
             for m in (16, 32, 64)
-            for h in (32, 64, 16)
-            for k in (64, 32)
-            for w in (8, 4)
-            if m * wide <= 32 * w * 128
+            for h, k in ((32, 64), (64, 32), (16, 32))
+            if m * wide <= 64 * 512 and (m * (k + h) + h * k * len(program.first) + h * wide) * size * 2 <= shared
         ] or [setting(BM=16, BH=16, BK=16, BN=wide, warps=8)]
 
     def build(self, segment: Segment, setting: Setting) -> Run:
         """The kernel of this segment and its launch."""
         program, values = self.program(segment), dict(setting)
-        after, kernel = program.after, load(_source(program)).kernel
+        after = program.after
         nodes = (
             program.x,
             *(p.weight for p in program.first),
@@ -131,22 +136,30 @@ class GemmGemm(Template):
         )
         picked = [segment.placeholders.index(node) for node in nodes]
 
+        constants = {"M": after.rows, **{name: values[name] for name in ("BM", "BH", "BN", "BK")}}
+        launch = Launch(_source(program), segment.device, [*nodes, *after.outputs], constants, values["warps"], 2)
+        grid = (-(-after.rows // values["BM"]),)
+
         def run(*inputs: Tensor) -> list[Tensor]:
             stored = empty_outputs(after)
-            kernel[(-(-after.rows // values["BM"]),)](
-                *(inputs[i] for i in picked),
-                *stored,
-                after.rows,
-                BM=values["BM"],
-                BH=values["BH"],
-                BN=values["BN"],
-                BK=values["BK"],
-                num_warps=values["warps"],
-                num_stages=2,
-            )
+            launch(grid, *(inputs[i] for i in picked), *stored)
             return after.returns(stored, inputs)
 
+        run.launches = (launch,)
         return run
+
+
+def product_lines(products: list[Product], columns: int, depth: int) -> list[str]:
+    """Lines that load the weights' tiles at depth ``at`` and columns ``cols`` and add their products with ``x``."""
+    lines = []
+    for i, product in enumerate(products):
+        step = (columns, 1) if product.transposed else (1, depth)
+        lines.append(
+            f"w{i} = tl.load(w{i}_ptr + at[:, None].to(tl.int64) * {step[0]} + cols[None, :].to(tl.int64) * {step[1]}, "
+            f"mask=(at[:, None] < {depth}) & (cols[None, :] < {columns}), other=0.0)"
+        )
+        lines.append(f"acc{i} = tl.dot(x, w{i}, acc{i}{exact(product)})")
+    return lines
 
 
 def _source(program: ChainProgram) -> str:

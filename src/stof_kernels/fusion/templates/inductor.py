@@ -24,9 +24,9 @@ class Inductor(Template):
             raise Unsupported("a matrix product alone has nothing to fuse")
 
     def settings(self, segment: Segment) -> list[Setting]:
-        """Inductor's own defaults, then other sizes of a thread's share and of a vector (CPU), or its autotuners (CUDA)."""
+        """Inductor's own defaults; on the CPU also other sizes of a thread's share and of a vector."""
         if segment.device.type == "cuda":
-            return [setting(descent=d, autotune=a) for a in (0, 1) for d in (0, 1)]
+            return [()]
         return [setting(chunk=c, simd=s) for s in (0, 256) for c in (512, 64, 4096)]
 
     def build(self, segment: Segment, setting: Setting) -> Run:
@@ -47,8 +47,4 @@ def _options(values: dict[str, int]) -> dict[str, object]:
         options["cpp.min_chunk_size"] = values["chunk"]
     if values.get("simd"):
         options["cpp.simdlen"] = values["simd"]
-    if "descent" in values:
-        options["coordinate_descent_tuning"] = bool(values["descent"])
-    if "autotune" in values:
-        options["max_autotune_pointwise"] = options["max_autotune_gemm"] = bool(values["autotune"])
     return options

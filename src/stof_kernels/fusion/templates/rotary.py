@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in one pass (Triton): ``x * cos + rotate_half(x) * sin``, reading any strides."""
+"""Rotary embedding of queries and keys in one launch (Triton): ``x * cos + rotate_half(x) * sin``, reading any strides."""
 
 from __future__ import annotations
 
@@ -10,29 +10,39 @@ from torch import Tensor, fx
 
 from ..segments import Run, Segment
 from .base import Setting, Template, Unsupported, require_triton, setting
-from .library import load
+from .library import Launch
+from .rowwise import indent
+from .tiles import power_of_two
 
 aten = torch.ops.aten
 
 _KERNEL = """
 @triton.jit
-def kernel(x_ptr, cos_ptr, sin_ptr, o_ptr, rows_total, heads, length, sb, sh, sl, cb, cl, ob, oh, ol, HALF: tl.constexpr,
-           BH: tl.constexpr, BM: tl.constexpr):
+def kernel({pointers}, cos_ptr, sin_ptr, ROWS: tl.constexpr, HEADS: tl.constexpr, LENGTH: tl.constexpr,
+           HALF: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     at = tl.program_id(0) * BM + tl.arange(0, BM)
     half = tl.arange(0, BH)
-    inside = (at[:, None] < rows_total) & (half[None, :] < HALF)
-    l, h, b = at % length, at // length % heads, (at // length // heads).to(tl.int64)
-    source = x_ptr + (b * sb + h * sh + l * sl)[:, None] + half[None, :]
-    table = (b * cb + l * cl)[:, None] + half[None, :]
-    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    inside = (at[:, None] < ROWS) & (half[None, :] < HALF)
+    # Rows in the order of memory: heads of one token side by side.
+    h, l, b = at % HEADS, at // HEADS % LENGTH, (at // HEADS // LENGTH).to(tl.int64)
+    table = (b * {cb} + l * {cl})[:, None] + half[None, :]
     cos_low = tl.load(cos_ptr + table, mask=inside, other=0.0).to(tl.float32)
     cos_high = tl.load(cos_ptr + table + HALF, mask=inside, other=0.0).to(tl.float32)
     sin_low = tl.load(sin_ptr + table, mask=inside, other=0.0).to(tl.float32)
     sin_high = tl.load(sin_ptr + table + HALF, mask=inside, other=0.0).to(tl.float32)
-    target = o_ptr + (b * ob + h * oh + l * ol)[:, None] + half[None, :]
-    tl.store(target, low * cos_low - high * sin_low, mask=inside)
-    tl.store(target + HALF, high * cos_high + low * sin_high, mask=inside)
+{body}
+"""
+
+_ROTATION = """
+source = x{i}_ptr + (b * {sb} + h * {sh} + l * {sl})[:, None] + half[None, :]
+low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+target = o{i}_ptr + (b * {ob} + h * {oh} + l * {ol})[:, None] + half[None, :]
+tl.store(target, low * cos_low - high * sin_low, mask=inside)
+tl.store(target + HALF, high * cos_high + low * sin_high, mask=inside)
 """
 
 
@@ -60,7 +70,7 @@ class Rotary(Template):
         """The rotations of a segment."""
         if any(op.name != "rope" for op in segment.ops):
             raise Unsupported("only rotary embeddings, this segment has other operators")
-        found = [_rotation(node) for node in segment.computing if node.target is aten.cat.default]
+        found = [rotation_of(node) for node in segment.computing if node.target is aten.cat.default]
         if {r.result for r in found} != set(segment.outputs):
             raise Unsupported("its results are not the rotations themselves")
         for r in found:
@@ -78,49 +88,54 @@ class Rotary(Template):
 
     def settings(self, segment: Segment) -> list[Setting]:
         """Rows of a block and warps."""
-        return [setting(BM=m, warps=w) for m in (16, 4, 64) for w in (4, 1, 8)]
+        return [setting(BM=m, warps=w) for m, w in ((32, 4), (16, 4), (64, 4), (16, 2), (64, 8))]
 
     def build(self, segment: Segment, setting: Setting) -> Run:
         """One launch per rotated tensor."""
-        values, kernel = dict(setting), load(_KERNEL).kernel
-        places, outputs = segment.placeholders, segment.outputs
+        values, places, outputs = dict(setting), segment.placeholders, segment.outputs
         rotations = {r.result: r for r in self.rotations(segment)}
-        block = max(16, 1 << (next(iter(rotations.values())).x.meta["val"].shape[-1] // 2 - 1).bit_length())
+        groups: dict[tuple, list[Rotation]] = {}
+        for r in rotations.values():
+            groups.setdefault((tuple(r.x.meta["val"].shape), r.cos, r.sin), []).append(r)
+        launches = [(_launch(group, segment, values), group) for group in groups.values()]
 
         def run(*inputs: Tensor) -> list[Tensor]:
             known = dict(zip(places, inputs, strict=True))
-            results = []
-            for node in outputs:
-                r = rotations[node]
-                x, cos, sin = (_value(n, known) for n in (r.x, r.cos, r.sin))
-                meta = r.result.meta["val"]
-                out = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=x.device)
-                batch, heads, length, dim = x.shape
-                total = batch * heads * length
-                table = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(2))
-                kernel[(-(-total // values["BM"]),)](
-                    x,
-                    cos,
-                    sin,
-                    out,
-                    total,
-                    heads,
-                    length,
-                    *x.stride()[:3],
-                    *table,
-                    *out.stride()[:3],
-                    HALF=dim // 2,
-                    BH=block,
-                    BM=values["BM"],
-                    num_warps=values["warps"],
-                )
-                results.append(out)
-            return results
+            results = {}
+            for (launch, grid), group in launches:
+                sources = [value_of(r.x, known) for r in group]
+                made = [_empty_like(r.result.meta["val"]) for r in group]
+                launch(grid, *sources, *made, *(value_of(t, known) for t in (group[0].cos, group[0].sin)))
+                results.update(zip((r.result for r in group), made, strict=True))
+            return [results[node] for node in outputs]
 
+        run.launches = tuple(launch for (launch, _), _ in launches)
         return run
 
 
-def _rotation(cat: fx.Node) -> Rotation:
+def _empty_like(value: Tensor) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _launch(group: list[Rotation], segment: Segment, values: dict[str, int]) -> tuple[Launch, tuple[int]]:
+    """The launch that rotates tensors of one shape by the same tables, and its grid."""
+    x, cos = group[0].x.meta["val"], group[0].cos.meta["val"]
+    batch, heads, length, dim = x.shape
+    body = []
+    for i, r in enumerate(group):
+        (sb, sh, sl), (ob, oh, ol) = r.x.meta["val"].stride()[:3], r.result.meta["val"].stride()[:3]
+        body += _ROTATION.format(i=i, sb=sb, sh=sh, sl=sl, ob=ob, oh=oh, ol=ol).strip().splitlines()
+    pointers = [f"{side}{i}_ptr" for side in "xo" for i in range(len(group))]
+    table = {"cb": cos.stride(0) if cos.shape[0] > 1 else 0, "cl": cos.stride(2)}
+    text = _KERNEL.format(pointers=", ".join(pointers), body=indent(body), **table)
+    rows = batch * heads * length
+    constants = {"ROWS": rows, "HEADS": heads, "LENGTH": length, "HALF": dim // 2, "BM": values["BM"]}
+    constants["BH"] = power_of_two(dim // 2)
+    described = [r.x for r in group] + [r.result for r in group] + [group[0].cos, group[0].sin]
+    return Launch(text, segment.device, described, constants, values["warps"]), (-(-rows // values["BM"]),)
+
+
+def rotation_of(cat: fx.Node) -> Rotation:
     """The rotation around ``cat(-x[half:], x[:half])``, as `patterns` matched it."""
     (turned,) = cat.users
     (result,) = turned.users
@@ -134,8 +149,8 @@ def _rotation(cat: fx.Node) -> Rotation:
     return Rotation(x, next(a for a in straight.args if a is not x), sin, result)
 
 
-def _value(node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor:
+def value_of(node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor:
     """The tensor of an input or of a view of one."""
     if node not in known:
-        known[node] = node.target(*fx.map_arg(node.args, lambda n: _value(n, known)), **node.kwargs)
+        known[node] = node.target(*fx.map_arg(node.args, lambda n: value_of(n, known)), **node.kwargs)
     return known[node]

@@ -6,13 +6,15 @@ per row (BM, 1), or one row for all (1, BN); arithmetic is in float32, rounded o
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
+from .. import patterns
 from ..capture import VIEWS
 from ..segments import Segment
 from .base import Unsupported
@@ -20,9 +22,9 @@ from .base import Unsupported
 aten = torch.ops.aten
 TILE, ROW, COLUMN, NUMBER = "tile", "row", "column", "number"
 _LOAD = {
-    TILE: "tl.load({p} + rows64[:, None] * {n} + cols[None, :], mask=inside, other=0.0).to(tl.float32)",
+    TILE: "tl.load({p} + {r}[:, None] * {n} + cols[None, :], mask=inside, other=0.0).to(tl.float32)",
     COLUMN: "tl.load({p} + cols, mask=cols < {n}, other=0.0).to(tl.float32)[None, :]",
-    ROW: "tl.load({p} + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]",
+    ROW: "tl.load({p} + {r}, mask=rows < M, other=0.0).to(tl.float32)[:, None]",
     NUMBER: "tl.load({p}).to(tl.float32)",
 }
 
@@ -33,12 +35,14 @@ class RowProgram:
 
     ``inputs`` are placeholders that become pointers, ``outputs`` the computing nodes that are stored, both in order.
     ``reduces``: some value needs its whole row in one tile. ``prefix`` keeps the names of two programs in one kernel apart.
+    ``lead`` are the dimensions that the rows count, by which an input of fewer rows is repeated.
     """
 
     segment: Segment
     rows: int
     columns: int
     prefix: str = ""
+    lead: tuple[int, ...] = ()
     values: dict[fx.Node, str] = field(default_factory=dict)
     shapes: dict[fx.Node, str] = field(default_factory=dict)
     inputs: list[fx.Node] = field(default_factory=list)
@@ -53,8 +57,9 @@ class RowProgram:
 
     def compute(self, nodes: list[fx.Node]) -> None:
         """Append the lines of these nodes. Raises `Unsupported` for an operator, shape or stride it does not know."""
+        guards = {n for node in nodes if node.target is aten.clamp.Tensor for n in patterns.overflow_guard(node) or ()}
         for node in nodes:
-            if node.target in VIEWS:
+            if node.target in VIEWS or (node in guards and node.target is not aten.clamp.Tensor):
                 continue
             rule = _RULES.get(node.target)
             if rule is None:
@@ -89,25 +94,38 @@ class RowProgram:
         return self.values[base], self.shapes[base]
 
     def _load(self, node: fx.Node, seen_as: fx.Node) -> None:
-        shape = self._shape_of(seen_as.meta["val"])
-        if not node.meta["val"].is_contiguous():
-            raise Unsupported(f"input {describe(node)} is not contiguous")
-        name = f"{self.prefix}i{len(self.inputs)}"
-        self.loads.append(f"{name} = " + _LOAD[shape].format(p=f"{name}_ptr", n=self.columns))
-        self.inputs.append(node)
+        shape, row = self._shape_of(seen_as.meta["val"])
+        name = self.pointer(node)
+        self.loads.append(f"{name} = " + _LOAD[shape].format(p=f"{name}_ptr", n=self.columns, r=row))
         self.values[node], self.shapes[node] = name, shape
 
-    def _shape_of(self, value: Tensor) -> str:
+    def pointer(self, node: fx.Node) -> str:
+        """The name of a new input; its pointer is called like that with ``_ptr`` behind it."""
+        if node.op != "placeholder" or not node.meta["val"].is_contiguous():
+            raise Unsupported(f"input {describe(node)} is not contiguous")
+        self.inputs.append(node)
+        return f"{self.prefix}i{len(self.inputs) - 1}"
+
+    def _shape_of(self, value: Tensor) -> tuple[str, str]:
+        """How an input lies over the tile, and which of its rows a row of the tile reads."""
         last = value.shape[-1] if value.dim() else 1
-        if value.numel() == self.rows * self.columns and last == self.columns:
-            return TILE
-        if value.numel() == self.columns and last == self.columns:
-            return COLUMN
-        if value.numel() == self.rows and last == 1:
-            return ROW
+        if value.numel() == self.columns and last == self.columns and self.rows > 1:
+            return COLUMN, ""
         if value.numel() == 1:
-            return NUMBER
+            return NUMBER, ""
+        if last in (self.columns, 1) and (row := self.row_of(value.shape[:-1])) is not None:
+            return (TILE if last == self.columns else ROW), row
         raise Unsupported(f"an input {tuple(value.shape)} does not broadcast over {self.rows} x {self.columns}")
+
+    def row_of(self, lead: Sequence[int]) -> str | None:
+        """Text of the row that a row of the tile reads in a tensor with these leading dimensions; None if it has none."""
+        count = math.prod(lead)
+        if count == self.rows:
+            return "rows64"
+        while lead and lead[0] == 1:
+            lead = lead[1:]
+        repeats = lead and tuple(lead) == self.lead[len(self.lead) - len(lead) :]
+        return f"(rows64 % {count})" if repeats else None
 
     @property
     def pointers(self) -> list[str]:
@@ -225,6 +243,31 @@ def _layer_norm(program: RowProgram, node: fx.Node) -> tuple[str, str]:
     return (f"{text} + {program.read(bias)[0]}" if bias is not None else text), TILE
 
 
+def _embedding(program: RowProgram, node: fx.Node) -> tuple[str, str]:
+    table, index = node.args[0], node.args[1]
+    if table.op != "placeholder" or list(node.meta["val"].shape[-1:]) != [program.columns]:
+        raise Unsupported(f"an embedding {describe(node)} of a computed table, or not over a row")
+    row = program.row_of(index.meta["val"].shape)
+    if row is None or index.meta["val"].numel() != program.rows:
+        raise Unsupported(f"an index {describe(index)} of other rows than {program.rows}")
+    ids, name = program.pointer(base_of(index)), program.pointer(table)
+    count = table.meta["val"].shape[0]
+    program.loads += [
+        f"{ids}_at = tl.load({ids}_ptr + rows64, mask=rows < M, other=0).to(tl.int64)[:, None]",
+        # An index that is none makes its row NaN; eager PyTorch stops the process there.
+        f"{name} = tl.load({name}_ptr + {ids}_at * {program.columns} + cols[None, :], "
+        f"mask=inside & ({ids}_at >= 0) & ({ids}_at < {count}), other=float('nan')).to(tl.float32)",
+    ]
+    return name, TILE
+
+
+def _clamp(program: RowProgram, node: fx.Node) -> tuple[str, str]:
+    if patterns.overflow_guard(node) is None:
+        raise Unsupported("a clamp between tensors has no row-wise form")
+    x, shape = program.read(node.args[0])
+    return f"finite({x})", shape
+
+
 def _where(program: RowProgram, node: fx.Node) -> tuple[str, str]:
     (c, shape_c), (a, shape_a), (b, shape_b) = (program.read(arg) for arg in node.args)
     return f"tl.where({c} != 0, {a}, {b})", _join(shape_c, _join(shape_a, shape_b))
@@ -253,10 +296,18 @@ _RULES: dict[object, Rule] = {
     aten.gelu.default: _gelu,
     aten.mean.dim: _mean,
     aten.layer_norm.default: _layer_norm,
+    aten.embedding.default: _embedding,
+    aten.clamp.Tensor: _clamp,
     aten.where.self: _where,
 }
 
 HELPERS = """
+@triton.jit
+def prefetch(at):
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False,
+                              pack=1)
+
+
 @triton.jit
 def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
@@ -272,6 +323,14 @@ def gelu(x):
 @triton.jit
 def gelu_tanh(x):
     return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def finite(x):
+    # T5's guard: infinities of float16 become its largest number less 1000. In the model the numbers between those two are
+    # clamped as well wherever the tensor has an infinity anywhere; here they stay as they are.
+    x = x.to(tl.float16).to(tl.float32)
+    return tl.where(tl.abs(x) == float("inf"), tl.where(x > 0, 64504.0, -64504.0), x)
 
 
 @triton.jit

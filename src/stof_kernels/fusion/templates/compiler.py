@@ -1,0 +1,97 @@
+"""A pool of processes that compile Triton kernels ahead of their first launch, into Triton's cache on disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from ... import settings
+from . import compile_worker
+
+_MOST = 32
+
+
+class CompilerPool:
+    """``submit`` a task of `Launch.task`; the future's result is None, or the first line of the compiler's error.
+
+    Tasks of a lower ``rank`` go first, equal tasks are one. Where no process can be started everything is compiled where it is
+    launched, and submitting does nothing.
+    """
+
+    def __init__(self, processes: int | None = None):
+        count = min(_MOST, settings.max_build_jobs()) if processes is None else processes
+        self._tasks: queue.PriorityQueue = queue.PriorityQueue()
+        self._number = itertools.count()
+        self._futures: dict[str, Future] = {}
+        self._workers = [worker for worker in (_start() for _ in range(count)) if worker is not None]
+        self.threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, task: dict[str, Any], rank: float = 0.0) -> Future:
+        """Ask for a kernel; asking again returns the same future."""
+        text = json.dumps(task)
+        future = self._futures.get(text)
+        if future is None:
+            future = self._futures[text] = Future()
+            if self._workers:
+                self._tasks.put((rank, next(self._number), text, future))
+            else:
+                future.set_result(None)
+        return future
+
+    def _serve(self, worker: subprocess.Popen) -> None:
+        while True:
+            _, _, text, future = self._tasks.get()
+            if future is None:
+                break
+            try:
+                worker.stdin.write(text + "\n")
+                worker.stdin.flush()
+                future.set_result(json.loads(worker.stdout.readline()))
+            except (OSError, ValueError):
+                future.set_result(None)  # the process is gone: compiled where it is launched
+
+    def close(self) -> None:
+        """End the processes; what waits is dropped."""
+        dropped = []
+        try:
+            while True:
+                dropped.append(self._tasks.get_nowait())
+        except queue.Empty:
+            pass
+        for _, _, _, future in dropped:
+            if future is not None:
+                future.set_result(None)
+        for _ in self._workers:
+            self._tasks.put((-1.0, next(self._number), "", None))
+        for worker in self._workers:
+            worker.kill()
+            worker.wait()
+        for thread in self.threads:
+            thread.join()
+
+    def __enter__(self) -> CompilerPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _start() -> subprocess.Popen | None:
+    try:
+        return subprocess.Popen(
+            [sys.executable, compile_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    except OSError:
+        return None

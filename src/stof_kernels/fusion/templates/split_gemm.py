@@ -1,0 +1,93 @@
+"""A linear layer in two kernels (Triton): its depth is cut into parts that run side by side, a pass over the rows adds them.
+
+Where rows are few, whole products are too few blocks to fill the card; the second pass is where a residual and a norm are
+computed anyway. Parts are added in a fixed order, so the result is the same every time.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..segments import Run, Segment
+from .base import Setting, Template, Unsupported, require_triton, setting
+from .gemm import GemmProgram, gemm_program
+from .gemm_source import gemm_launch
+from .rowwise import empty_outputs, row_launch, row_settings
+from .tiles import candidates, device_of
+
+_MOST_ROWS = 1024
+
+
+class SplitGemm(Template):
+    """One linear layer and the memory-intensive operators after it, for few rows."""
+
+    name: ClassVar[str] = "split_gemm"
+
+    def check(self, segment: Segment) -> None:
+        """Raises `Unsupported` unless it is a linear operator of few rows with memory-intensive ones after it."""
+        require_triton(segment)
+        self.program(segment)
+
+    def program(self, segment: Segment) -> GemmProgram:
+        """The segment as products and a row program."""
+        program = gemm_program(segment)
+        if program.rows.rows > _MOST_ROWS or program.depth < 128:
+            raise Unsupported(
+                f"{program.rows.rows} rows of depth {program.depth}, allowed: up to {_MOST_ROWS} rows, from 128 on"
+            )
+        if program.sides > 1:
+            raise Unsupported("products side by side, allowed: one")
+        return program
+
+    def settings(self, segment: Segment) -> list[Setting]:
+        """Parts and tiles of the first pass; the second takes a row a block."""
+        program = self.program(segment)
+        rows, size, device = program.rows, program.x.meta["val"].element_size(), device_of(segment.device)
+        found = []
+        for parts in (4, 2, 8, 3, 6):
+            if program.depth % (parts * 64) == 0:
+                tiles = candidates(
+                    rows.rows, rows.columns, program.depth // parts, program.count, parts, size, device, most=3
+                )
+                found += [(i, s, parts) for i, s in enumerate(tiles)]
+        second = dict(row_settings(rows)[0])
+        return [
+            setting(**dict(s), parts=parts, RM=second["BM"], RN=second["BN"], row_warps=second["warps"])
+            for _, s, parts in sorted(found, key=lambda f: f[0])
+        ] or [
+            setting(BM=16, BN=32, BK=16, warps=4, stages=2, parts=2, RM=1, RN=second["BN"], row_warps=second["warps"])
+        ]
+
+    def build(self, segment: Segment, setting: Setting) -> Run:
+        """The two kernels of this segment and their launches."""
+        program, values = self.program(segment), dict(setting)
+        rows, parts, count = program.rows, values["parts"], program.count
+        first, first_grid = gemm_launch(program, segment.device, values, split=parts)
+        sums = [
+            f"acc{i} = "
+            + " + ".join(
+                f"tl.load(p0_ptr + ({(part * count + i) * rows.rows} + rows64[:, None]) * {rows.columns} + cols[None, :], "
+                "mask=inside, other=0.0)"
+                for part in range(parts)
+            )
+            for i in range(count)
+        ]
+        after = {"BM": values["RM"], "BN": values["RN"], "warps": values["row_warps"]}
+        second, second_grid = row_launch(rows, segment, after, [torch.float32], sums)
+        places = segment.placeholders
+        operands = [places.index(node) for node in (program.x, *(p.weight for p in program.products))]
+        picked = [places.index(node) for node in rows.inputs]
+        shape = (parts, count, rows.rows, rows.columns)
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            partial = torch.empty(shape, dtype=torch.float32, device=inputs[operands[0]].device)
+            first(first_grid, *(inputs[i] for i in operands), partial)
+            stored = empty_outputs(rows)
+            second(second_grid, partial, *(inputs[i] for i in picked), *stored)
+            return rows.returns(stored, inputs)
+
+        run.launches = (first, second)
+        return run

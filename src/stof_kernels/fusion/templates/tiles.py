@@ -1,0 +1,90 @@
+"""Tile sizes worth trying for a matrix product: a rough roofline of one block orders them, measuring decides.
+
+A block is bound by its share of the matrix rate or by what it pulls through its own port to the L2 cache; blocks beyond the
+number of multiprocessors come in waves. The rates are an H200's (780 TFLOP/s dense fp16 over 132 multiprocessors, 64 bytes a
+clock from L2 for each); only their ratio matters for the order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .base import Setting, setting
+
+_FLOP_PER_US, _BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
+_LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
+# Share of the matrix rate that tiles of this area reach; below 64 rows there is no warpgroup instruction.
+_EFFICIENCY = {256: 0.85, 128: 0.75, 64: 0.6}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What bounds tiles: multiprocessors, shared memory per block in bytes."""
+
+    multiprocessors: int = 128
+    shared: int = 96 * 1024  # what the smallest of the supported cards gives one block
+
+
+@lru_cache(maxsize=16)
+def device_of(device: torch.device) -> Device:
+    """Limits of a card; the smallest supported ones where kernels are interpreted."""
+    if device.type != "cuda":
+        return Device()
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two from 16 on, the smallest tile that all kernels accept."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def candidates(
+    rows: int, columns: int, depth: int, count: int, sides: int, size: int, device: Device, most: int = 12
+) -> list[Setting]:
+    """Settings BM, BN, BK, warps, stages for ``sides`` products side by side of ``count`` accumulators each, best guess first.
+
+    ``size`` is the bytes of an operand's element.
+    """
+    ranked = []
+    for m in (16, 32, 64, 128, 256):
+        for n in (16, 32, 64, 128, 256):
+            if m > max(16, power_of_two(rows)) or n > power_of_two(columns) or m * n * count > 128 * 256 or m * n < 512:
+                continue
+            ranked.append((_cost(m, n, rows, columns, depth, count, sides, size, device), m, n))
+    found: list[Setting] = []
+    for _, m, n in sorted(ranked):
+        found += _variants(m, n, depth, count, size, device)
+    return found[:most]
+
+
+def _cost(
+    m: int, n: int, rows: int, columns: int, depth: int, count: int, sides: int, size: int, device: Device
+) -> float:
+    blocks = -(-rows // m) * -(-columns // n) * sides
+    efficiency = _EFFICIENCY.get(min(m, n * count, 256), 0.5) if m >= 64 else 0.25
+    work = 2 * m * n * count * depth / (_FLOP_PER_US * efficiency)
+    moved = (m + n * count) * depth * size / _BYTES_PER_US
+    return -(-blocks // device.multiprocessors) * max(work, moved) + _LATENCY_US
+
+
+def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device) -> list[Setting]:
+    """Two ways to feed a tile: the deepest pipeline of usual steps, and one of longer or fewer steps."""
+    large = m * n * count >= 128 * 128
+    warps = 8 if m * n * count > 64 * 128 and m >= 64 else 4
+    ways = ((64, 3), (64, 4)) if large else ((64, 5), (128, 4))
+    found = []
+    for step, stages in ways:
+        step = min(step, power_of_two(depth))
+        if depth % step:
+            step = next((s for s in (64, 32, 16) if depth % s == 0), step)
+        bytes_ = (m + n * count) * step * size
+        stages = min(stages, device.shared // bytes_, max(2, depth // step))
+        if stages >= 2:
+            found.append(setting(BM=m, BN=n, BK=step, warps=warps, stages=stages))
+    if found and m * n * count == 128 * 128:
+        found.append(setting(**{**dict(found[0]), "warps": 4}))
+    return list(dict.fromkeys(found))
