@@ -438,9 +438,10 @@ def test_pieces_are_disjoint_and_global_rows_do_not_widen_the_others(family):
 
 def test_unions_refuse_what_is_one_acsr_and_what_is_irregular():
     pytest.importorskip("triton")
-    p = problem("causal", 64)
-    with pytest.raises(Unsupported, match="one ACSR holds this mask: measured as splat"):
-        get("splat_pieces").prepare(p, make_tensors(p))
+    for family in ("causal", "dilated"):
+        p = problem(family, 64)
+        with pytest.raises(Unsupported, match="one ACSR holds this mask: measured as splat"):
+            get("splat_pieces").prepare(p, make_tensors(p))
     p = problem("bigbird", 2048, head_dim=8)
     with pytest.raises(Unsupported, match=r"more than 4 runs of columns in a row, .*; first in row 192"):
         get("splat_pieces").prepare(p, make_tensors(p))

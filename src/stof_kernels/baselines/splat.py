@@ -68,10 +68,9 @@ def splat_pieces(problem: Problem, tensors: Tensors) -> Prepared:
     """Our extension, not SPLAT's: rows of several runs, such as Longformer's, as a union of ACSRs in the same three kernels."""
     _require(problem)
     from .splat_kernels.attention import store_union
-    from .splat_kernels.build import pieces_of
+    from .splat_kernels.build import is_one_acsr, pieces_of
 
-    pieces = pieces_of(problem)
-    if len(pieces) == 1:
+    if is_one_acsr(problem):
         raise Unsupported("one ACSR holds this mask: measured as splat")
-    note = f"our extension: union of {len(pieces)} ACSRs"
+    note = f"our extension: union of {len(pieces_of(problem))} ACSRs"
     return _prepare(problem, tensors, lambda: store_union(pieces_of(problem), problem.device), note=note)

@@ -23,6 +23,15 @@ def acsr_of(problem: Problem) -> Acsr:
     return made if made is not None else _join([_progressions(*strip) for strip in _planes(problem)], problem.kv_len)
 
 
+def is_one_acsr(problem: Problem) -> bool:
+    """Whether `acsr_of` can store the problem's mask."""
+    try:
+        acsr_of(problem)
+    except Unsupported:
+        return False
+    return True
+
+
 def pieces_of(problem: Problem) -> list[Acsr]:
     """The mask as disjoint ACSRs: piece k holds the k-th run of neighbouring columns of every row (ours, not SPLAT's).
 

@@ -118,7 +118,10 @@ def spmm(
 
     Grid (ceil(D / BD), row blocks, batch * heads). P is gathered through the inverse map, zeros elsewhere; out (B, H, size, D).
     """
-    block, plane = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block = (
+        blocks - 1 - tl.program_id(1)
+    )  # causal masks have their longest rows last: those first, so that no block ends late
+    plane = tl.program_id(2).to(tl.int64)
     pitch = pitch8 * 8
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     position = block * BM + tl.arange(0, BM)
