@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +292,26 @@ def test_whole_models_with_its_attention(name, monkeypatch):
     assert len(calls) == (6 if name == "t5" else 2)
     assert sum(mask is None for mask in calls) == (2 if name == "t5" else 0)  # cross attention is dense
     attention.forget()
+
+
+# ---- the real compiler -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "step", "expression", "tiles", "products"),
+    [
+        ("80", "softmax", "mhnk", "128x64x64x64", "mma.sync"),
+        ("90", "softmax", "mhnk", "128x64x64x64", "wgmma"),
+        ("89", "softmax_exp", "mn(k,h)", "64x64x32x32", "mma.sync"),
+    ],
+)
+def test_kernels_compile_with_tensor_cores_and_whole_vectors(capability, step, expression, tiles, products, tmp_path):
+    """The instructions are Triton's choice; tiles loaded in the loop are copied ahead, a stage for each."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("mcfuser_compile.py")
+    command = [sys.executable, str(script), capability, step, expression, tiles, "4", "3"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    shared_bytes, *found = ran.stdout.split()
+    assert {products, "cp.async", "st.global.v4", "ex2.approx"} <= set(found)
+    assert 0 < int(shared_bytes) <= 99 * 1024
