@@ -1,8 +1,9 @@
 """MCFuser (SC 2024), reimplemented: attention as one kernel that an analytic model and a search find. Dense: the mask is added.
 
-The planner, the code generator and the tuner are in ``mcfuser_planner``. Instructions are Triton's choice, as in the original: on
-sm_90 that is WGMMA, which the Triton of its time did not use, so there ours can be faster than the original was. Two variants are in no experiment's table, for `duel`:
-the mask expanded to every batch entry and head, and a softmax without the row's maximum.
+The planner, the code generator and the tuner are in ``mcfuser_planner``. Instructions are Triton's choice, as in the original:
+on sm_90 that is WGMMA. The original was published on Ampere cards, so there ours can be faster than it could be.
+Two variants are in no experiment's table, for `duel`: the mask expanded to every batch entry and head, and a softmax without
+the row's maximum.
 """
 
 from __future__ import annotations
