@@ -149,7 +149,8 @@ def _compile(name: str, target: str, into: Path) -> str:
     with ThreadPoolExecutor(settings.max_build_jobs()) as pool:
         done = list(pool.map(compile_one, units(name)))
     objects, logs = [made for made, _ in done], [log for _, log in done]
-    link = [*command, *objects, "-o", str(into / library_file(name)), f"-L{torch / 'lib'}", *entry.link_flags]
+    # To the host's linker alone: nvcc writes the folders that it is given itself into the binary.
+    link = [*command, *objects, "-o", str(into / library_file(name)), f"-Xlinker=-L{torch / 'lib'}", *entry.link_flags]
     logs.append(_run(link, name))
     for made in objects:
         Path(made).unlink()
