@@ -153,11 +153,13 @@ def test_tiles_that_divide_need_no_guard():
     assert text_of("mhnk", (16, 64, 64, 64), replace(chain, n=72)).count("n[:, None] < 72") == 1
 
 
-def test_offsets_beyond_32_bits_are_refused():
-    chain = Chain(65536, 65536, 64, 64, 1, "softmax", True)
-    strides = tuple((x, (0, 0, 65536, 1) if x == "M" else (0, 0, 64, 1)) for x in "ABMDE")
-    with pytest.raises(ValueError, match=r"tensor M spans 4294967295 elements in one chain, allowed: less than"):
-        source(Candidate(parse("mhnk"), Tiles(64, 64, 64, 64), chain), Layout(strides))
+@pytest.mark.parametrize(("length", "wide"), [(32768, False), (65536, True)])
+def test_offsets_beyond_32_bits_are_wider(length, wide):
+    chain = Chain(length, length, 64, 64, 1, "softmax", True)
+    strides = tuple((x, (0, 0, length, 1) if x == "M" else (0, 0, 64, 1)) for x in "ABMDE")
+    text = source(Candidate(parse("mhnk"), Tiles(64, 64, 64, 64), chain), Layout(strides))
+    assert (f"mask_ptr + (m[:, None].to(tl.int64) * {length} + n[None, :].to(tl.int64))" in text) == wide
+    assert "a_ptr + (m[:, None] * 64 + k[None, :])" in text
 
 
 def test_a_damaged_file_of_a_kernel_is_written_again(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ class Layout:
 
 
 def source(candidate: Candidate, layout: Layout) -> str:
-    """Text of the kernel; ValueError for offsets inside one chain that do not fit 32 bits."""
+    """Text of the kernel."""
     return _Writer(candidate, layout).text()
 
 
@@ -67,10 +67,11 @@ class _Writer:
         self.tiles = self.candidate.tiles
         self.several = {x: self.program.partial_tiles(x) for x in "CE"}
         self.written_out = {loop for loops in self.several.values() for loop in loops}
-        for tensor, strides in self.layout.strides:
-            reach = sum(s * (self.chain.length(i) - 1) for s, i in zip(strides[2:], INDICES[tensor], strict=True))
-            if reach >= 2**31:
-                raise ValueError(f"tensor {tensor} spans {reach} elements in one chain, allowed: less than 2**31")
+        self.wide = {tensor for tensor, strides in self.layout.strides if self._reach(tensor, strides) >= 2**31}
+
+    def _reach(self, tensor: str, strides: Strides) -> int:
+        """Largest offset inside one chain: 32 bits do for most tensors, not for the mask of a long sequence."""
+        return sum(s * (self.chain.length(i) - 1) for s, i in zip(strides[2:], INDICES[tensor], strict=True))
 
     def text(self) -> str:
         pointers = ", ".join(f"{_variable(tensor)}_ptr" for tensor, _ in self.layout.strides)
@@ -188,7 +189,8 @@ class _Writer:
 
     def _address(self, tensor: str) -> str:
         steps = zip(INDICES[tensor], ("[:, None]", "[None, :]"), self.layout.of(tensor)[2:], strict=True)
-        terms = [f"{loop}{axis}" + (f" * {step}" if step != 1 else "") for loop, axis, step in steps]
+        cast = ".to(tl.int64)" if tensor in self.wide else ""
+        terms = [f"{loop}{axis}{cast}" + (f" * {step}" if step != 1 else "") for loop, axis, step in steps]
         return f"{_variable(tensor)}_ptr + ({' + '.join(terms)})"
 
     def _guard(self, tensor: str) -> str:
