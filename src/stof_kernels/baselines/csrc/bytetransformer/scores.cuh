@@ -52,23 +52,36 @@ __device__ __forceinline__ void multiply_score_stage(uint32_t (&sum)[4][8][2], c
   }
 }
 
-// Masked scores of one row within one warp's 64 columns: lane t of the quad has columns 8t .. 8t + 7 of both groups of 32.
+// Mask of one row within one warp's 64 columns: [group of 32 columns], 8 columns a lane.
+using MaskRow = uint4[2];
+
+// Which rows and columns of a tile exist: lane t of a quad has columns `col` .. `col` + 7 of both groups of 32.
+struct Bounds {
+  int row, col, length;
+  __device__ __forceinline__ bool valid(int local, int group) const { return row + local < length && col + 32 * group < length; }
+};
+
+// `mask` points at this lane's first row and column.
+__device__ __forceinline__ void fetch_mask(MaskRow& keep, const half_t* mask, int step, const Bounds& at, int local) {
+#pragma unroll
+  for (int group = 0; group < 2; ++group)
+    if (at.valid(local, group)) keep[group] = *reinterpret_cast<const uint4*>(mask + local * step + 32 * group);
+}
+
+// Masked scores of one row within one warp's 64 columns.
 struct ScoreRow {
   float x[2][8];
-  bool valid[2];
   float top, sum;
 };
 
-__device__ __forceinline__ void mask_row(ScoreRow& r, uint32_t (&raw)[2][4], const half_t* mask, int col, int columns, bool row_valid,
+__device__ __forceinline__ void mask_row(ScoreRow& r, uint32_t (&raw)[2][4], const MaskRow& keep, const Bounds& at, int local,
                                          float scale) {
   r.top = -INFINITY, r.sum = 0.f;
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
     transpose_in_quad(raw[group]);
-    r.valid[group] = row_valid && col + 32 * group < columns;
-    if (!r.valid[group]) continue;
-    const uint4 keep = *reinterpret_cast<const uint4*>(mask + 32 * group);
-    const uint32_t pairs[4] = {keep.x, keep.y, keep.z, keep.w};
+    if (!at.valid(local, group)) continue;
+    const uint32_t pairs[4] = {keep[group].x, keep[group].y, keep[group].z, keep[group].w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float2 score = unpack(raw[group][j]), shift = unpack(scale_pair(pairs[j], 10000.f, -10000.f));
@@ -80,7 +93,7 @@ __device__ __forceinline__ void mask_row(ScoreRow& r, uint32_t (&raw)[2][4], con
   r.top = fmaxf(r.top, shuffle_xor(r.top, 2));
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
-    if (!r.valid[group]) continue;
+    if (!at.valid(local, group)) continue;
 #pragma unroll
     for (int j = 0; j < 8; ++j) r.sum += exp_fast(r.x[group][j] - r.top);
   }
@@ -93,39 +106,39 @@ __device__ __forceinline__ float2 merge_stats(float2 a, float2 b) {
   return {top, a.y * exp_fast(a.x - top) + b.y * exp_fast(b.x - top)};
 }
 
-// Writes a warp's masked scores as fp16 and leaves each row's maximum and sum in `merge`.
-__device__ __forceinline__ void write_scores(const LongProblem& p, uint32_t (&sum)[4][8][2], int plane, int problem, int length,
-                                             int row0, int col0, float2* merge) {
-  const int lane = threadIdx.x % 32, col = col0 + 8 * (lane % 4);
+// Writes a warp's masked scores as fp16 and leaves each row's maximum and sum in `merge`. `out` and `mask` point at this lane's
+// first row and column. The mask of the next row is on its way while one row is worked on; plain loads, which stay between the
+// stores around them: free to move, they were all hoisted to the front and cost a third of the blocks their registers.
+__device__ __forceinline__ void write_scores(uint32_t (&sum)[4][8][2], half_t* out, const half_t* mask, int step, const Bounds& at,
+                                             float scale, float2* merge) {
+  const int lane = threadIdx.x % 32;
+  MaskRow keep[2];
+  fetch_mask(keep[0], mask, step, at, 0);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 8; ++i) {
+    const int local = 8 * i;
+    if (i < 7) fetch_mask(keep[(i + 1) % 2], mask, step, at, local + 8);
+    uint32_t raw[2][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int local = 16 * i + 8 * half + lane / 4, row = row0 + local;
-      uint32_t raw[2][4];
+    for (int j = 0; j < 8; ++j) raw[j / 4][j % 4] = sum[i / 2][j][i % 2];
+    ScoreRow r;
+    mask_row(r, raw, keep[i % 2], at, local, scale);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) raw[j / 4][j % 4] = sum[i][j][half];
-      const half_t* const mask = p.mask + (static_cast<int64_t>(problem) * p.seq_len + row) * p.seq_len + col;
-      half_t* const out = p.scores + (static_cast<int64_t>(plane) * p.seq_len + row) * p.seq_len + col;
-      ScoreRow r;
-      mask_row(r, raw, mask, col, length, row < length, p.scale);
-#pragma unroll
-      for (int group = 0; group < 2; ++group) {
-        if (!r.valid[group]) continue;
-        const float* x = r.x[group];
-        *reinterpret_cast<uint4*>(out + 32 * group) =
-            make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-      }
-      if (lane % 4 == 0) merge[local] = make_float2(r.top, r.sum);
+    for (int group = 0; group < 2; ++group) {
+      if (!at.valid(local, group)) continue;
+      const float* x = r.x[group];
+      *reinterpret_cast<uint4*>(out + local * step + 32 * group) =
+          make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
     }
+    if (lane % 4 == 0) merge[local + lane / 4] = make_float2(r.top, r.sum);
   }
 }
 
-__global__ void __launch_bounds__(kGroupedThreads) grouped_scores(LongProblem p) {
+__global__ void __launch_bounds__(kGroupedThreads, 3) grouped_scores(LongProblem p) {
   constexpr int kStages = ScoreShared::kStages, kDepth = ScoreShared::kDepth, kSteps = kLongDim / kDepth;
   __shared__ ScoreShared shared;
   static_assert(sizeof(ScoreShared) <= 48 * 1024 && kGroupedThreads == kScoreTile);
-  const int warp = threadIdx.x / 32, warp_row = warp / 2 * 64, warp_col = warp % 2 * 64;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp / 2 * 64, warp_col = warp % 2 * 64;
   const int64_t part = static_cast<int64_t>(p.heads) * p.batch * p.seq_len * kLongDim;
   const int column_tiles = ceil_div(p.seq_len, kScoreTile);
   ScoreVisitor visitor(p.lengths, p.batch, p.heads);
@@ -146,6 +159,8 @@ __global__ void __launch_bounds__(kGroupedThreads) grouped_scores(LongProblem p)
     };
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) fetch(step);
+    const Bounds at{row0 + warp_row + lane / 4, col0 + warp_col + 8 * (lane % 4), tile.length};
+    const half_t* const mask = p.mask + (static_cast<int64_t>(tile.problem) * p.seq_len + at.row) * p.seq_len + at.col;
     uint32_t sum[4][8][2] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -155,7 +170,8 @@ __global__ void __launch_bounds__(kGroupedThreads) grouped_scores(LongProblem p)
       multiply_score_stage(sum, shared.queries[step % kStages], shared.keys[step % kStages], warp_row, warp_col);
     }
     const int plane = tile.problem * p.heads + head;
-    write_scores(p, sum, plane, tile.problem, tile.length, row0 + warp_row, col0 + warp_col, shared.merge[warp % 2] + warp_row);
+    half_t* const out = p.scores + (static_cast<int64_t>(plane) * p.seq_len + at.row) * p.seq_len + at.col;
+    write_scores(sum, out, mask, p.seq_len, at, p.scale, shared.merge[warp % 2] + warp_row);
     block_barrier();  // merge is whole, and the stages are free for the next tile
     const int row = row0 + threadIdx.x;
     if (row < tile.length) {
