@@ -37,8 +37,16 @@ experiments:
     scatter: [{block: 1, fill: [0.1]}]
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  scaling:
+    heads: 2
+    head_dim: 16
+    methods: [stof]
+    sizes:
+      cpu: [{batch: 1, heads: 2, seq_len: [32], masks: [{family: sliding_window, w: 4}]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
   end_to_end:
-    models: {cpu: [bert_base, t5]}
+    models: {cpu: [t5]}
     model_size: tiny
     methods: [stof, torch_native, mcfuser]
     sizes:
@@ -46,19 +54,20 @@ experiments:
     tuning_s: {cpu: 0}
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
-  ablation: {methods: [stof, stof_mha_only, torch_native]}
+  ablation: {methods: [stof]}
   overhead: {methods: [stof]}
   tuning_cost: {methods: [stof]}
   motivation:
     operators: [bias_layernorm]
+    methods: [detached, fused]
     sizes:
       cpu: [{batch: 1, seq_len: [8], hidden: [16]}]
     search_s: {cpu: 1}
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
 """
-"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells; whole models in
-two layers, with no seconds to search in, and a pair of operators with too few to compile."""
+"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells, scaling on one;
+a whole model in two layers with no seconds to search in, and a pair of operators with too few to compile."""
 
 
 @dataclass(frozen=True)

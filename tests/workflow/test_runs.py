@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stof_kernels.benchmarking.measurement import read_rows
 from stof_kernels.figures import FIGURES
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 TINY = ("--configfile", "tiny.yaml")
 MEASURED = Path("results/measured/cpu/mha")
+MODEL_EXPERIMENTS = ("end_to_end", "ablation", "overhead", "tuning_cost", "motivation")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -37,6 +39,32 @@ def test_all_measures_and_draws_everything(finished, finished_output: str) -> No
     assert "mha cpu stof [3/4] causal:1x48: " in log
     assert "mha cpu stof [3/4] causal:1x48: " in finished_output
     assert json.loads((finished.path / MEASURED / "stof.provenance.json").read_text())["gpu"] == "cpu"
+
+
+def test_whole_models_and_pairs_are_measured_and_drawn(finished) -> None:
+    """One run of a model feeds Figures 11 to 13 and Table 4, each of which says whose run it is."""
+    tables = {name: read_rows(finished.path / "results" / "tables" / f"{name}.csv") for name in MODEL_EXPERIMENTS}
+    whole = {(row.method, row.metric): row for row in tables["end_to_end"] if not row.operator}
+    assert whole["torch_native", "latency"].status == whole["stof", "latency"].status == "ok"
+    assert 0 < whole["stof", "latency"].rel_err < 1e-4
+    assert whole["mcfuser", "latency"].status == "unsupported"
+    for experiment in ("ablation", "overhead", "tuning_cost"):
+        assert {row.method for row in tables[experiment]} == {"stof"}
+        path = finished.path / f"results/measured/cpu/{experiment}/stof.provenance.json"
+        own, first = (
+            json.loads(path.read_text()),
+            finished.path / "results/measured/cpu/end_to_end/stof.provenance.json",
+        )
+        assert own["shared"]["run_id"] == json.loads(first.read_text())["run_id"]
+        assert own["shared"]["cells"] == ["t5:1x32"]
+    (tuning,) = tables["tuning_cost"]
+    assert tuning.median == whole["stof", "tuning_time"].median
+    assert len([row for row in tables["overhead"] if row.metric == "overhead_time"]) == 4
+    pairs = {row.method: row for row in tables["motivation"] if row.metric == "device_time"}
+    assert pairs["detached"].status == "ok"
+    assert pairs["fused"].status == "unsupported"  # a second is too short for its compiler
+    drawn = (finished.path / "results" / "fig11.csv").read_text(encoding="utf-8").splitlines()
+    assert [line for line in drawn if ",t5,1,32,stof,latency,ms," in line]
 
 
 def test_second_run_does_nothing(finished) -> None:
@@ -66,7 +94,9 @@ def test_code_edits_plan_what_depends_on_them_in_one_go(finished) -> None:
     library = "kernels/csrc/bindings/library.cpp"
     original = (finished.path / "src" / "stof_kernels" / library).read_text(encoding="utf-8")
     append(library, "\nstatic const int unused [[maybe_unused]] = 1;\n")
-    assert planned() == {"build_extension": 1, "bench": 2}  # stof alone runs the library, in both experiments
+    # stof alone runs the library, in every experiment that measures it.
+    tiny = yaml.safe_load((finished.path / "tiny.yaml").read_text(encoding="utf-8"))["experiments"]
+    assert planned() == {"build_extension": 1, "bench": sum("stof" in section["methods"] for section in tiny.values())}
     (finished.path / "src" / "stof_kernels" / library).write_text(original, encoding="utf-8")
     assert planned() == {}  # a revert finds the old build
     append("baselines/torch_native.py", "\nUNUSED = 1\n")

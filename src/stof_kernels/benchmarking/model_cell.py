@@ -33,7 +33,7 @@ def measure_model(cell: Cell, job: Measured) -> list[Measurement]:
 
 def _measure(problem: ModelProblem, job: Measured) -> list[Measurement]:
     bench = subject(problem)
-    if job.method.tuned:
+    if job.method.tuned and problem.tuning_s:
         warm_up(problem.device)
     want, eager_error = bench.reference()
     with empty_caches() if job.method.tuned else nullcontext():
