@@ -203,7 +203,7 @@ def _draw(ax: Axes, panel: _Panel, methods: Sequence[str]) -> None:
     _scales(ax, panel)
     if panel.metric == "device_time":
         _proportional(ax, panel, [r for own in timed.values() for r in own])
-    _missing(ax, panel, {m: own for m, own in by_method.items() if timed[m]})
+    _missing(ax, panel, by_method)
 
 
 def _scales(ax: Axes, panel: _Panel) -> None:
