@@ -144,11 +144,11 @@ def test_copies_of_a_mask_do_not_point_into_it():
 def test_a_packed_call_keeps_its_lists():
     (q, k, v), mask = inputs(), window()
     want = sparse_attention(q, k, v, mask)
-    packed, scale, attend, _ = next(iter(mask.calls.values()))
+    packed, attend, _ = next(iter(mask.calls.values()))
     del mask
     gc.collect()
     _ = [torch.full((64,), 77, dtype=torch.int32) for _ in range(64)]  # what was freed would be overwritten
-    assert torch.equal(attend(q, k, v, None, packed, scale), want)
+    assert torch.equal(attend(q, k, v, packed), want)
 
 
 def test_recorded_graphs_hold_tensors_and_no_packed_call():
@@ -163,12 +163,12 @@ def test_recorded_graphs_hold_tensors_and_no_packed_call():
 def test_packed_must_be_what_pack_call_returned():
     (q, k, v), mask = inputs(), window()
     sparse_attention(q, k, v, mask)
-    packed, scale, attend, _ = next(iter(mask.calls.values()))
+    packed, attend, _ = next(iter(mask.calls.values()))
     for wrong in (torch.zeros(3, dtype=torch.int64), torch.zeros_like(packed), packed.float()):
         with pytest.raises(RuntimeError, match="attend: packed"):
-            attend(q, k, v, None, wrong, scale)
+            attend(q, k, v, wrong)
     with pytest.raises(RuntimeError, match="not the call that was packed"):
-        attend(q[:, :1], k, v, None, packed, scale)
+        attend(q[:, :1], k, v, packed)
 
 
 def test_the_schema_holds():
@@ -176,7 +176,7 @@ def test_the_schema_holds():
     sparse_attention(q, k, v, mask)
     packed = next(iter(mask.calls.values()))[0]
     for op in (torch.ops.stof.attend.default, torch.ops.stof.attend_lse.default):
-        torch.library.opcheck(op, (q, k, v, None, packed, 0.2), test_utils="test_schema")
+        torch.library.opcheck(op, (q, k, v, packed, torch.randn(N, N), 0.2), test_utils="test_schema")
 
 
 def test_fake_tensors_go_the_long_way():

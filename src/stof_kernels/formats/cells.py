@@ -243,8 +243,12 @@ def _inspect(
     rule: MaskMod, b: Tensor, h: Tensor, strip: Tensor, col: Tensor, q_len: int, kv_len: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Words (n, 16) of the given cells, whether anything and whether everything of each is kept, and how many positions."""
-    cells, row_valid = _look_into(rule, (b, h), strip, col, q_len, kv_len)
-    return _pack(cells), *_classify(cells, row_valid), cells.sum()
+    cells = _look_into(rule, b, h, strip, col, q_len, kv_len)
+    words = _pack(cells)
+    full = words == -1
+    if q_len % CELL:  # rows that are no queries do not spoil a full cell
+        full = full | (torch.arange(CELL, device=strip.device) >= q_len - strip[:, None] * CELL)
+    return words, (words != 0).any(-1), full.all(-1), cells.sum()
 
 
 @cache
@@ -253,19 +257,23 @@ def _inspect_compiled() -> Callable:
     return torch.compile(_inspect, dynamic=True)
 
 
-def _look_into(
-    rule: MaskMod, at: tuple[Tensor, Tensor], strip: Tensor, col: Tensor, q_len: int, kv_len: int
-) -> tuple[Tensor, Tensor]:
-    """Every position of the given cells: bool (n, 16, 16) kept, and bool (n, 16) which rows are queries at all."""
+def _look_into(rule: MaskMod, b: Tensor, h: Tensor, strip: Tensor, col: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """Every position of the given cells: bool (n, 16, 16), what is kept."""
     inner = torch.arange(CELL, device=strip.device)
-    q, kv = strip[:, None, None] * CELL + inner[:, None], col[:, None, None] * CELL + inner
+    q, kv = (strip[:, None] * CELL + inner)[:, :, None], (col[:, None] * CELL + inner)[:, None]
     # Positions past the end are asked for the last one instead, so that a rule's tables are never read out of bounds.
-    kept = rule(at[0], at[1], q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
+    ragged = [(x, n) for x, n in ((q, q_len), (kv, kv_len)) if n % CELL]
+    if q_len % CELL:
+        q = q.clamp(max=q_len - 1)
+    if kv_len % CELL:
+        kv = kv.clamp(max=kv_len - 1)
+    kept = rule(b, h, q, kv)
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
         got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
         raise TypeError(f"mask predicate: returned {got}, allowed: a bool tensor that broadcasts with q and kv")
-    row_valid = (q < q_len).squeeze(-1)
-    return kept.expand(strip.numel(), CELL, CELL) & (q < q_len) & (kv < kv_len), row_valid
+    for position, length in ragged:
+        kept = kept & (position < length)
+    return kept.expand(strip.numel(), CELL, CELL)
 
 
 def repeat_planes(lists: CellLists, planes: int) -> CellLists:

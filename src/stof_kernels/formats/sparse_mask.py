@@ -54,7 +54,7 @@ class SparseMask:
     """Fixed buffers are sized for masks of whole blocks of this edge; another mask may need more than its cells say."""
     layout: Layout | None = None
     calls: dict = field(default_factory=dict, init=False)
-    """Of `sparse_attention`: shapes of q and k it was called with, and what a call like that needs; see ops/."""
+    """Of `sparse_attention`: shapes of q it was called with, and the last call of each, packed for repeats; see ops/."""
     _cache: dict = field(default_factory=dict, init=False)
 
     # ---- constructors ------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def pack_call(
 
 
 def repeaters() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """``torch.ops.stof.attend`` and ``attend_lse`` as plain functions of (q, k, v, bias or None, packed, scale).
+    """``torch.ops.stof.attend`` and ``attend_lse`` as plain functions of (q, k, v, packed, bias=None, scale=None).
 
     They return out, or out and lse, as `sparse_attention` does for the packed call, with nothing to differentiate. Where q, k
     or v differ from those that were packed in shape, dtype or device (or torch's thread count does, on the CPU) they raise

@@ -9,6 +9,10 @@ from ..formats import Layout, SparseMask
 from ..kernels import raw
 from ..planner import Plan
 
+# Names of this module, because a small call notices every look-up.
+is_dynamo_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+
 HEAD_DIMS = range(8, 257, 8)
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
 
@@ -36,14 +40,17 @@ def sparse_attention(
     (B, Hq, Lq). A row with nothing to attend gives 0 and -inf. Raises TypeError or ValueError naming the argument, what it got
     and what is allowed; backward raises NotImplementedError.
     """
-    if type(mask) is SparseMask and not _is_traced():
+    if type(mask) is SparseMask and not is_dynamo_compiling() and not len_torch_dispatch_stack():
         # A call like an earlier one was checked then. Whatever the short way stumbles over is said by the long one.
         try:
-            call = mask.calls.get((q.shape, k.shape))
-            if call is not None and not _needs_grad(q, k, v, bias):
-                packed, default_scale, attend, attend_lse = call
-                run = attend_lse if return_lse else attend
-                return run(q, k, v, bias, packed, default_scale if scale is None else scale)
+            call = mask.calls.get(q.shape)
+            if call is not None and not (is_grad_enabled() and _wants_grad(q, k, v, bias)):
+                packed, attend, attend_lse = call
+                if return_lse:
+                    return attend_lse(q, k, v, packed, bias, scale)
+                return (
+                    attend(q, k, v, packed) if bias is None and scale is None else attend(q, k, v, packed, bias, scale)
+                )
         except (AttributeError, TypeError, RuntimeError):
             pass
     return _first_attention(q, k, v, mask, bias, scale, return_lse)
@@ -66,7 +73,7 @@ def _first_attention(
     layout = _layout(mask, q, k)
     default_scale = q.shape[-1] ** -0.5
     if given is mask and type(q) is type(k) is type(v) is Tensor and not _is_traced():
-        mask.calls[q.shape, k.shape] = _packed(q, k, v, mask, layout), default_scale, *raw.repeaters()
+        mask.calls[q.shape] = _packed(q, k, v, mask, layout), *raw.repeaters()
     ptr, col, slot, bits, plan_words = layout.tensors
     out, lse = raw.sparse_attention(
         q,
@@ -98,13 +105,11 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, mask: SparseMask, layout: Layout) -
 
 def _is_traced() -> bool:
     """Whether a graph is being recorded, by torch.compile or a dispatch mode: it must hold tensors, not a packed call."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or len_torch_dispatch_stack() > 0
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
-    )
+def _wants_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    return q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def plan(q: Tensor, k: Tensor, mask: SparseMask | Tensor, policy: str = "cost") -> Plan:

@@ -2,6 +2,7 @@
 // driver.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -121,6 +122,7 @@ struct Call {
   Problem problem;  // without q, k, v, bias, scale and results
   const int64_t *counts = nullptr, *plan = nullptr;
   int64_t q_size[4], k_size[4];
+  double default_scale;
   ScalarType dtype = ScalarType::Undefined;
   int threads = 0;
 };
@@ -140,6 +142,7 @@ Call checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pt
   call.plan = static_cast<const int64_t*>(plan.const_data_ptr());
   for (int i = 0; i < 4; ++i) call.q_size[i] = q.size(i), call.k_size[i] = k.size(i);
   call.dtype = q.scalar_type();
+  call.default_scale = 1.0 / std::sqrt(double(p.dim));
   call.threads = int(torch::stable::get_num_threads());
   return call;
 }
@@ -199,22 +202,23 @@ Tensor pack_call(Tensor q, Tensor k, Tensor v, Tensor ptr, Tensor col, Tensor sl
   return pack(call, {ptr, col, slot, bits, counts, plan});
 }
 
-Results repeat(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const Tensor& packed,
-               double scale, bool return_lse) {
+Results repeat(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& packed, const std::optional<Tensor>& bias,
+               std::optional<double> scale, bool return_lse) {
   const Call& call = unpack<Call>(packed);
   const int32_t device = q.get_device_index();
   STOF_CHECK(is_like(q, call.dtype, device, call.q_size) && is_like(k, call.dtype, device, call.k_size) &&
                  is_like(v, call.dtype, device, call.k_size) && call.threads == int(torch::stable::get_num_threads()),
              kOtherCall);
-  return run(call, q, k, v, bias, scale, return_lse);
+  return run(call, q, k, v, bias, scale.value_or(call.default_scale), return_lse);
 }
 
-Tensor attend(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor packed, double scale) {
-  return repeat(q, k, v, bias, packed, scale, false).out;
+Tensor attend(Tensor q, Tensor k, Tensor v, Tensor packed, std::optional<Tensor> bias, std::optional<double> scale) {
+  return repeat(q, k, v, packed, bias, scale, false).out;
 }
 
-std::tuple<Tensor, Tensor> attend_lse(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor packed, double scale) {
-  Results results = repeat(q, k, v, bias, packed, scale, true);
+std::tuple<Tensor, Tensor> attend_lse(Tensor q, Tensor k, Tensor v, Tensor packed, std::optional<Tensor> bias,
+                                      std::optional<double> scale) {
+  Results results = repeat(q, k, v, packed, bias, scale, true);
   return {results.out, *results.lse};
 }
 

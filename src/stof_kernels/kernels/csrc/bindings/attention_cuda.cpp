@@ -136,6 +136,7 @@ struct Call {
   Plan plan;
   int64_t part_rows;  // rows of partial results that the layout may write
   int64_t q_size[4], k_size[4];
+  double default_scale;
   int32_t device, multiprocessors;
   ScalarType dtype;
 };
@@ -212,6 +213,7 @@ Call checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pt
   p.mask_batch = static_cast<int>(mask_batch), p.mask_heads = static_cast<int>(mask_heads);
   p.heads = FastDivisor(std::max(1, p.q_heads)), p.planes = FastDivisor(std::max(1, p.mask_heads));
   p.shared = FastDivisor(std::max(1, p.q_heads / std::max(1, p.kv_heads)));
+  call.default_scale = 1.0 / std::sqrt(static_cast<double>(p.head_dim));
   p.is_bf16 = call.dtype == ScalarType::BFloat16;
   p.counts = data_of<const int64_t>(counts);
   if (call.plan.kernel == 1) set_block_layout(call, ptr, col, slot, bits);
@@ -299,21 +301,22 @@ Tensor pack_call(Tensor q, Tensor k, Tensor v, Tensor ptr, Tensor col, Tensor sl
   return pack(call, {ptr, col, slot, bits, counts});
 }
 
-Results repeat(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias, const Tensor& packed,
-               double scale, bool return_lse) {
+Results repeat(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& packed, const std::optional<Tensor>& bias,
+               std::optional<double> scale, bool return_lse) {
   Call& call = unpack<Call>(packed);
   STOF_CHECK(is_like(q, call.dtype, call.device, call.q_size) && is_like(k, call.dtype, call.device, call.k_size) &&
                  is_like(v, call.dtype, call.device, call.k_size),
              kOtherCall);
-  return run(call, q, k, v, bias, scale, return_lse);
+  return run(call, q, k, v, bias, scale.value_or(call.default_scale), return_lse);
 }
 
-Tensor attend(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor packed, double scale) {
-  return repeat(q, k, v, bias, packed, scale, false).out;
+Tensor attend(Tensor q, Tensor k, Tensor v, Tensor packed, std::optional<Tensor> bias, std::optional<double> scale) {
+  return repeat(q, k, v, packed, bias, scale, false).out;
 }
 
-std::tuple<Tensor, Tensor> attend_lse(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias, Tensor packed, double scale) {
-  Results results = repeat(q, k, v, bias, packed, scale, true);
+std::tuple<Tensor, Tensor> attend_lse(Tensor q, Tensor k, Tensor v, Tensor packed, std::optional<Tensor> bias,
+                                      std::optional<double> scale) {
+  Results results = repeat(q, k, v, packed, bias, scale, true);
   return {results.out, *results.lse};
 }
 

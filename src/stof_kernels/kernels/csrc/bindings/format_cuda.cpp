@@ -56,9 +56,10 @@ BlockTable table_of(const char* op, const Tensor& keep, int64_t block, int64_t q
                   ", ", ceil_div(kv_len, block), ")");
   const int64_t planes = keep.size(0) * keep.size(1);
   STD_TORCH_CHECK(std::max({q_len, kv_len, block}) <= std::numeric_limits<int32_t>::max() / 2 &&
-                      planes * ceil_div(q_len, kCell) <= std::numeric_limits<int32_t>::max(),
+                      planes * ceil_div(q_len, kCell) <= std::numeric_limits<int32_t>::max() &&
+                      ceil_div(std::min(block, q_len), kCell) * ceil_div(kv_len, kCell) <= std::numeric_limits<int32_t>::max(),
                   op, ": keep has shape ", shape(keep), ", q_len is ", q_len, ", kv_len ", kv_len, " and block ", block,
-                  ", lengths must stay below 2**30 and all strips of 16 queries below 2**31");
+                  ", lengths must stay below 2**30, strips of 16 queries and the cells of a row of blocks below 2**31");
   return {data_of<const uint8_t>(keep), keep.stride(0), keep.stride(1), keep.stride(2), keep.stride(3),
           static_cast<int>(keep.size(1)), static_cast<int>(planes), static_cast<int>(q_len), static_cast<int>(kv_len),
           static_cast<int>(block)};
@@ -66,7 +67,7 @@ BlockTable table_of(const char* op, const Tensor& keep, int64_t block, int64_t q
 
 struct Scratch {
   Tensor strips;
-  std::optional<Tensor> words;  // of a dense mask
+  std::optional<Tensor> words, starts;  // of a dense mask, of blocks
   CellScratch view{};
 };
 
@@ -76,23 +77,28 @@ int64_t strips_of(const Source& mask) {
 }
 
 Scratch scratch_of(const Tensor& keep, const DenseMask& mask) {
-  const int32_t device = keep.get_device_index();
   const int64_t strips = strips_of(mask), row = ceil_div(mask.kv_len, kCell) * kCell;
-  Scratch scratch{new_on_cuda(device, {strips, 4}, {4, 1}, aoti_torch_dtype_int32()),
-                  new_on_cuda(device, {strips, row}, {row, 1}, aoti_torch_dtype_int16())};
-  scratch.view = {data_of<uint16_t>(*scratch.words), data_of<int4>(scratch.strips)};
+  Scratch scratch{ints(keep, {strips, 4}), new_on_cuda(keep.get_device_index(), {strips, row}, {row, 1}, aoti_torch_dtype_int16())};
+  scratch.view = {data_of<uint16_t>(*scratch.words), data_of<int4>(scratch.strips), nullptr};
   return scratch;
 }
 
 Scratch scratch_of(const Tensor& keep, const BlockTable& table) {
-  Scratch scratch{new_on_cuda(keep.get_device_index(), {strips_of(table), 4}, {4, 1}, aoti_torch_dtype_int32()), std::nullopt};
-  scratch.view.strips = data_of<int4>(scratch.strips);
+  const int64_t rows = table.planes * ceil_div(table.q_len, table.block);
+  Scratch scratch{ints(keep, {rows, 4}), std::nullopt, ints(keep, {rows + 1})};
+  scratch.view = {nullptr, data_of<int4>(scratch.strips), data_of<int>(*scratch.starts)};
   return scratch;
 }
 
 // The steps of either source under one name.
 cudaError_t count(const DenseMask& mask, const CellScratch& to, cudaStream_t stream) { return pack_cells(mask, to, stream); }
 cudaError_t count(const BlockTable& table, const CellScratch& to, cudaStream_t stream) { return count_blocks(table, to, stream); }
+cudaError_t scan(const DenseMask& mask, const CellScratch& from, const CellBuffers& out, cudaStream_t stream) {
+  return scan_cells(mask, from, out, stream);
+}
+cudaError_t scan(const BlockTable& table, const CellScratch& from, const CellBuffers& out, cudaStream_t stream) {
+  return scan_blocks(table, from, out, stream);
+}
 cudaError_t emit(const DenseMask& mask, const CellScratch& from, const CellBuffers& out, cudaStream_t stream) {
   return emit_cells(mask, from, out, stream);
 }
@@ -122,14 +128,13 @@ Lists exact_lists(const char* op, const Tensor& keep, const Source& mask) {
   const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
   const cudaStream_t stream = current_stream(keep);
   const Scratch scratch = scratch_of(keep, mask);
-  const int64_t strips = strips_of(mask);
-  Tensor strip_ptr = ints(keep, {strips + 1});
+  Tensor strip_ptr = ints(keep, {strips_of(mask) + 1});
   Tensor counts = torch::stable::new_empty(keep, {4}, ScalarType::Long);
   CellBuffers out{};
   out.strip_ptr = data_of<int>(strip_ptr), out.counts = data_of<int64_t>(counts);
   out.cell_capacity = out.bit_capacity = std::numeric_limits<int32_t>::max();
   check_launch(op, count(mask, scratch.view, stream));
-  check_launch(op, scan_cells(static_cast<int>(strips), scratch.view, out, stream));
+  check_launch(op, scan(mask, scratch.view, out, stream));
   const auto sizes = read_back<int64_t, 4>(op, out.counts, stream);
   STD_TORCH_CHECK(sizes[3] == 0, op, ": the mask has ", sizes[0], " non-empty cells, allowed are ", out.cell_capacity);
   Tensor cell_col = ints(keep, {sizes[0]}), cell_slot = ints(keep, {sizes[0]});
@@ -142,8 +147,7 @@ Lists exact_lists(const char* op, const Tensor& keep, const Source& mask) {
 template <typename Source>
 void fill_lists(const char* op, const Tensor& keep, const Source& mask, const Tensor& strip_ptr, const Tensor& cell_col,
                 const Tensor& cell_slot, const Tensor& cell_bits, const Tensor& counts) {
-  const int64_t strips = strips_of(mask);
-  check_list("strip_ptr", strip_ptr, ScalarType::Int, {strips + 1});
+  check_list("strip_ptr", strip_ptr, ScalarType::Int, {strips_of(mask) + 1});
   check_list("cell_col", cell_col, ScalarType::Int, {-1});
   check_list("cell_slot", cell_slot, ScalarType::Int, {cell_col.size(0)});
   check_list("cell_bits", cell_bits, ScalarType::Short, {-1, kCell});
@@ -153,7 +157,7 @@ void fill_lists(const char* op, const Tensor& keep, const Source& mask, const Te
   const Scratch scratch = scratch_of(keep, mask);
   const CellBuffers out = buffers_of(strip_ptr, cell_col, cell_slot, cell_bits, counts);
   check_launch(op, count(mask, scratch.view, stream));
-  check_launch(op, scan_cells(static_cast<int>(strips), scratch.view, out, stream));
+  check_launch(op, scan(mask, scratch.view, out, stream));
   check_launch(op, emit(mask, scratch.view, out, stream));
 }
 

@@ -13,8 +13,10 @@ STABLE_TORCH_LIBRARY(stof, m) {
   m.def(
       "pack_call(Tensor q, Tensor k, Tensor v, Tensor ptr, Tensor col, Tensor slot, Tensor bits, Tensor counts, Tensor plan, "
       "SymInt q_len, SymInt kv_len, SymInt mask_batch, SymInt mask_heads) -> Tensor");
-  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor packed, float scale) -> Tensor");
-  m.def("attend_lse(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor packed, float scale) -> (Tensor out, Tensor lse)");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor packed, Tensor? bias=None, float? scale=None) -> Tensor");
+  m.def(
+      "attend_lse(Tensor q, Tensor k, Tensor v, Tensor packed, Tensor? bias=None, float? scale=None) -> (Tensor out, "
+      "Tensor lse)");
   m.def(
       "build_cells(Tensor keep) -> (Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, "
       "Tensor counts)");

@@ -71,10 +71,11 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(DenseMask mask, Cell
   block_exclusive_scan(listed, shared, listed_sum);
   block_exclusive_scan(partial, shared, partial_sum);
   block_exclusive_scan(kept, shared, kept_sum);
-  if (threadIdx.x == 0) scratch.strips[blockIdx.x] = make_int4(listed_sum, partial_sum, kept_sum, 0);
+  if (threadIdx.x == 0) scratch.strips[blockIdx.x] = make_int4(listed_sum, partial_sum, kept_sum, 1);
 }
 
-// One block: starts of the strips, clamped to the capacity so that whoever reads the lists stays inside them.
+// One block: starts of the strips (of all the strips in a row of blocks), clamped to the capacity so that whoever reads the
+// lists stays inside them.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScratch scratch, CellBuffers out) {
   __shared__ int64_t shared[kScanThreads / 32 + 1];
   int64_t cells = 0, slots = 0, kept = 0;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScra
     int64_t my_cells = 0, my_slots = 0, my_kept = 0;
     for (int i = first; i < end; ++i) {
       const int4 strip = scratch.strips[i];
-      my_cells += strip.x, my_slots += strip.y, my_kept += strip.z;
+      my_cells += strip.x, my_slots += strip.y, my_kept += static_cast<int64_t>(strip.z) * strip.w;
     }
     int64_t cell_sum, slot_sum, kept_sum;
     int64_t cell = cells + block_exclusive_scan<int64_t>(my_cells, shared, cell_sum);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScra
     block_exclusive_scan<int64_t>(my_kept, shared, kept_sum);
     for (int i = first; i < end; ++i) {
       const int4 strip = scratch.strips[i];
-      out.strip_ptr[i] = static_cast<int>(min(cell, out.cell_capacity));
+      scratch.starts[i] = static_cast<int>(min(cell, out.cell_capacity));
       scratch.strips[i].w = static_cast<int>(min(slot, static_cast<int64_t>(0x7fffffff)));
       cell += strip.x, slot += strip.y;
     }
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScra
     kept += kept_sum;
   }
   if (threadIdx.x == 0) {
-    out.strip_ptr[strips] = static_cast<int>(min(cells, out.cell_capacity));
+    scratch.starts[strips] = static_cast<int>(min(cells, out.cell_capacity));
     out.counts[0] = cells;
     out.counts[1] = slots;
     out.counts[2] = kept;
@@ -149,53 +150,72 @@ __device__ __forceinline__ const uint8_t* table_row(const BlockTable& table, int
          static_cast<int64_t>(row) * table.row_stride;
 }
 
-// A warp per row of blocks: all of its strips list the same cells.
+struct Blocks {
+  int rows, cols, ratio;  // of the table of a plane; cells along a block
+
+  explicit __host__ __device__ Blocks(const BlockTable& t)
+      : rows((t.q_len + t.block - 1) / t.block), cols((t.kv_len + t.block - 1) / t.block), ratio(t.block / kCell) {}
+};
+
+// A warp per row of blocks, whose strips all list the same cells: what they list together.
 __global__ void __launch_bounds__(kBlockWarps * 32) count_blocks_kernel(BlockTable table, CellScratch scratch) {
-  const int rows = (table.q_len + table.block - 1) / table.block, cols = (table.kv_len + table.block - 1) / table.block;
+  const Blocks blocks(table);
   const int index = blockIdx.x * kBlockWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (index >= table.planes * rows) return;
-  const int plane = index / rows, row = index % rows, ratio = table.block / kCell, cells = cells_of(table.kv_len);
+  if (index >= table.planes * blocks.rows) return;
+  const int plane = index / blocks.rows, row = index % blocks.rows, cells = cells_of(table.kv_len);
   const uint8_t* kept_blocks = table_row(table, plane, row);
   int listed = 0, last = 0;
-  for (int kb = lane; kb < cols; kb += 32) {
+  for (int kb = lane; kb < blocks.cols; kb += 32) {
     if (kept_blocks[kb * table.col_stride] == 0) continue;
-    listed += min(ratio, cells - kb * ratio);
-    last |= kb == cols - 1;
+    listed += min(blocks.ratio, cells - kb * blocks.ratio);
+    last |= kb == blocks.cols - 1;
   }
   listed = __reduce_add_sync(0xffffffffu, listed);
   const int ragged = table.kv_len % kCell, partial = ragged != 0 && __any_sync(0xffffffffu, last);
-  const int keys = (listed - partial) * kCell + partial * ragged, strips = cells_of(table.q_len);
-  for (int strip = row * ratio + lane; strip < min(strips, (row + 1) * ratio); strip += 32)
-    scratch.strips[static_cast<int64_t>(plane) * strips + strip] =
-        make_int4(listed, partial, keys * min(kCell, table.q_len - strip * kCell), 0);
+  const int keys = (listed - partial) * kCell + partial * ragged, queries = min(table.block, table.q_len - row * table.block);
+  const int strips = cells_of(queries);
+  if (lane == 0) scratch.strips[index] = make_int4(listed * strips, partial * strips, keys, queries);
 }
 
-// A warp per strip.
+// A warp per strip; the scan left where its row of blocks starts.
 __global__ void __launch_bounds__(kBlockWarps * 32) emit_blocks_kernel(BlockTable table, CellScratch scratch,
                                                                       CellBuffers out) {
-  const int strips = cells_of(table.q_len), cells = cells_of(table.kv_len);
+  const Blocks blocks(table);
+  const int strips = cells_of(table.q_len), cells = cells_of(table.kv_len), all_rows = table.planes * blocks.rows;
   const int index = blockIdx.x * kBlockWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (index >= table.planes * strips) return;
-  const int plane = index / strips, strip = index % strips, ratio = table.block / kCell, ragged = table.kv_len % kCell;
-  const int cols = (table.kv_len + table.block - 1) / table.block;
+  const int plane = index / strips, strip = index % strips, ratio = blocks.ratio, ragged = table.kv_len % kCell;
+  const int row = plane * blocks.rows + strip / ratio, nth = strip % ratio;
+  const int together = min(ratio, strips - strip / ratio * ratio);  // strips of this row of blocks
   const uint8_t* kept_blocks = table_row(table, plane, strip / ratio);
-  const int64_t slot = scratch.strips[index].w;
-  int64_t next = out.strip_ptr[index];
-  for (int base = 0; base < cols; base += 32) {
+  const int4 counted = scratch.strips[row];
+  const int64_t slot = counted.w + counted.y / together * nth;
+  int64_t next = scratch.starts[row] + static_cast<int64_t>(counted.x / together) * nth;
+  if (lane == 0) out.strip_ptr[index] = static_cast<int>(min(next, out.cell_capacity));
+  if (lane == 0 && index == 0) out.strip_ptr[table.planes * strips] = scratch.starts[all_rows];
+  for (int base = 0; base < blocks.cols; base += 32) {
     const int kb = base + lane;
-    const bool kept = kb < cols && kept_blocks[kb * table.col_stride] != 0;
+    const bool kept = kb < blocks.cols && kept_blocks[kb * table.col_stride] != 0;
     const uint32_t all = __ballot_sync(0xffffffffu, kept);
     const int64_t at = next + __popc(all & ((1u << lane) - 1)) * ratio;
-    for (int i = 0; kept && i < ratio; ++i) {
-      const int col = kb * ratio + i;
-      if (col >= cells || at + i >= out.cell_capacity) break;
-      const bool partial = ragged != 0 && col == cells - 1;
-      out.cell_col[at + i] = col;
+    const int col = kb * ratio, end = min(ratio, cells - col);
+    next += __popc(all) * ratio;
+    if (!kept) continue;
+    const bool aligned = (reinterpret_cast<uintptr_t>(out.cell_col + at) | reinterpret_cast<uintptr_t>(out.cell_slot + at)) % 16 == 0;
+    if (aligned && end % 4 == 0 && (ragged == 0 || col + end < cells) && at + end <= out.cell_capacity) {
+      for (int i = 0; i < end; i += 4) {
+        *reinterpret_cast<int4*>(out.cell_col + at + i) = make_int4(col + i, col + i + 1, col + i + 2, col + i + 3);
+        *reinterpret_cast<int4*>(out.cell_slot + at + i) = make_int4(-1, -1, -1, -1);
+      }
+      continue;
+    }
+    for (int i = 0; i < end && at + i < out.cell_capacity; ++i) {
+      const bool partial = ragged != 0 && col + i == cells - 1;
+      out.cell_col[at + i] = col + i;
       out.cell_slot[at + i] = partial ? static_cast<int>(min(slot, out.bit_capacity - 1)) : -1;
     }
-    next += __popc(all) * ratio;
   }
-  if (ragged != 0 && kept_blocks[(cols - 1) * table.col_stride] != 0 && slot < out.bit_capacity && lane < kCell)
+  if (ragged != 0 && kept_blocks[(blocks.cols - 1) * table.col_stride] != 0 && slot < out.bit_capacity && lane < kCell)
     out.cell_bits[slot * kCell + lane] = strip * kCell + lane < table.q_len ? static_cast<uint16_t>((1 << ragged) - 1) : 0;
 }
 
@@ -215,8 +235,10 @@ cudaError_t pack_cells(const DenseMask& mask, const CellScratch& scratch, cudaSt
   return cudaGetLastError();
 }
 
-cudaError_t scan_cells(int strips, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
-  scan_kernel<<<1, kScanThreads, 0, stream>>>(strips, scratch, out);
+cudaError_t scan_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
+  CellScratch to = scratch;
+  to.starts = out.strip_ptr;
+  scan_kernel<<<1, kScanThreads, 0, stream>>>(all_strips(mask), to, out);
   return cudaGetLastError();
 }
 
@@ -227,15 +249,20 @@ cudaError_t emit_cells(const DenseMask& mask, const CellScratch& scratch, const 
 }
 
 cudaError_t count_blocks(const BlockTable& table, const CellScratch& scratch, cudaStream_t stream) {
-  const int64_t rows = int64_t{table.planes} * ((table.q_len + table.block - 1) / table.block);
+  const int64_t rows = int64_t{table.planes} * Blocks(table).rows;
   if (rows == 0) return cudaSuccess;
   count_blocks_kernel<<<warps_to_blocks(rows), kBlockWarps * 32, 0, stream>>>(table, scratch);
   return cudaGetLastError();
 }
 
+cudaError_t scan_blocks(const BlockTable& table, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
+  scan_kernel<<<1, kScanThreads, 0, stream>>>(table.planes * Blocks(table).rows, scratch, out);
+  return cudaGetLastError();
+}
+
 cudaError_t emit_blocks(const BlockTable& table, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream) {
   const int64_t strips = int64_t{table.planes} * cells_of(table.q_len);
-  if (strips == 0 || table.kv_len == 0) return cudaSuccess;
+  if (strips == 0) return cudaMemsetAsync(out.strip_ptr, 0, sizeof(int), stream);
   emit_blocks_kernel<<<warps_to_blocks(strips), kBlockWarps * 32, 0, stream>>>(table, scratch, out);
   return cudaGetLastError();
 }

@@ -125,33 +125,50 @@ __device__ __forceinline__ uint32_t accumulator_byte(uint32_t upper, uint32_t lo
   return (upper & 3) | (lower & 3) << 2 | (upper >> 8 & 3) << 4 | (lower >> 8 & 3) << 6;
 }
 
-// Scatters the bitmaps of one strip's cells; a warp per 32 cells finds those in mixed tiles, then all lanes write each.
-__device__ void scatter_bits(const CellView& cells, int strip, int row_block, const Ranks& ranks, const LayoutBuffers& out,
-                             int64_t first_slot) {
-  const int lane = threadIdx.x & 31, width = blocks_of(cells.kv_len, kCell);
-  const int first = __ldg(cells.strip_ptr + strip), end = __ldg(cells.strip_ptr + strip + 1);
+constexpr int kBatch = 8;  // cells whose bitmaps a warp has on the way at once
+
+// Scatters the bitmaps of up to kBatch cells of a strip, from list entry `first`: lanes find which lie in mixed tiles and where,
+// then all lanes write each.
+__device__ __forceinline__ void scatter_batch(const CellView& cells, int first, int end, int row_block, const Ranks& ranks,
+                                              const LayoutBuffers& out, int64_t first_slot) {
+  const int lane = threadIdx.x & 31, i = first + lane;
+  const bool mine = lane < kBatch && i < end;
+  const int col = mine ? __ldg(cells.cell_col + i) : -1, cell_slot = mine ? __ldg(cells.cell_slot + i) : 0;
+  const bool listed = static_cast<unsigned>(col) < static_cast<unsigned>(blocks_of(cells.kv_len, kCell));
+  const int position = listed ? ranks.position(col) : 0;
+  const int mixed = position / 4 - ranks.full_tiles;
+  const uint32_t wanted = __ballot_sync(0xffffffffu, listed && mixed >= 0 && first_slot + mixed < out.slot_capacity);
+  if (wanted == 0) return;
+  const int g = lane >> 2;
+  uint32_t upper[kBatch], lower[kBatch];
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    const int slot = __shfl_sync(0xffffffffu, cell_slot, j);
+    upper[j] = lower[j] = 0xffffu;
+    if ((wanted >> j & 1) == 0 || slot < 0) continue;
+    upper[j] = __ldg(cells.cell_bits + static_cast<int64_t>(slot) * kCell + g);
+    lower[j] = __ldg(cells.cell_bits + static_cast<int64_t>(slot) * kCell + g + 8);
+  }
   uint8_t* bytes = reinterpret_cast<uint8_t*>(out.bits);
-  for (int base = first + (threadIdx.x & ~31); base < end; base += kTileThreads) {
-    const int i = base + lane;
-    const int col = i < end ? __ldg(cells.cell_col + i) : -1;
-    const int cell_slot = i < end ? __ldg(cells.cell_slot + i) : 0;
-    const bool listed = static_cast<unsigned>(col) < static_cast<unsigned>(width);
-    const int position = listed ? ranks.position(col) : 0;
-    const int mixed = position / 4 - ranks.full_tiles;
-    uint32_t todo = __ballot_sync(0xffffffffu, listed && mixed >= 0 && first_slot + mixed < out.slot_capacity);
-    while (todo != 0) {
-      const int source = __ffs(todo) - 1;
-      todo &= todo - 1;
-      const int slot = __shfl_sync(0xffffffffu, cell_slot, source), where = __shfl_sync(0xffffffffu, position, source);
-      const int g = lane >> 2;
-      uint32_t upper = 0xffffu, lower = 0xffffu;
-      if (slot >= 0) {
-        upper = __ldg(cells.cell_bits + static_cast<int64_t>(slot) * kCell + g);
-        lower = __ldg(cells.cell_bits + static_cast<int64_t>(slot) * kCell + g + 8);
-      }
-      const int64_t word = (first_slot + where / 4 - ranks.full_tiles) * (2 * out.q_tile) + row_block * 32 + lane;
-      bytes[word * 4 + where % 4] = static_cast<uint8_t>(accumulator_byte(upper, lower, lane));
-    }
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    const int where = __shfl_sync(0xffffffffu, position, j);
+    if ((wanted >> j & 1) == 0) continue;
+    const int64_t word = (first_slot + where / 4 - ranks.full_tiles) * (2 * out.q_tile) + row_block * 32 + lane;
+    bytes[word * 4 + where % 4] = static_cast<uint8_t>(accumulator_byte(upper[j], lower[j], lane));
+  }
+}
+
+// The bitmaps of all cells of a query tile, dealt to the warps in batches.
+__device__ void scatter_bits(const CellView& cells, const QueryTile& tile, const Ranks& ranks, const LayoutBuffers& out,
+                             int64_t first_slot) {
+  int turn = threadIdx.x / 32;  // batches until it is this warp's turn
+  for (int s = 0; s < tile.strips; ++s) {
+    const int first = __ldg(cells.strip_ptr + tile.first_strip + s), end = __ldg(cells.strip_ptr + tile.first_strip + s + 1);
+    const int batches = blocks_of(end - first, kBatch);
+    for (; turn < batches; turn += kTileThreads / 32)
+      scatter_batch(cells, first + turn * kBatch, end, s, ranks, out, first_slot);
+    turn -= batches;
   }
 }
 
@@ -188,13 +205,12 @@ __global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, Layo
   if (threadIdx.x < 4 * tiles - listed && first_tile + tiles <= out.tile_capacity)
     out.col[first_tile * 4 + listed + threadIdx.x] = -1;
   __syncthreads();
-  for (int w = threadIdx.x; w < columns.words; w += kTileThreads) {
-    for (uint32_t left = columns.any[w]; left != 0; left &= left - 1) {
-      const int col = w * 32 + __ffs(left) - 1, position = ranks.position(col);
-      if (first_tile + position / 4 < out.tile_capacity) out.col[first_tile * 4 + position] = col;
-    }
+  for (int col = threadIdx.x; col < columns.words * 32; col += kTileThreads) {
+    if ((columns.any[col / 32] >> col % 32 & 1) == 0) continue;
+    const int position = ranks.position(col);
+    if (first_tile + position / 4 < out.tile_capacity) out.col[first_tile * 4 + position] = col;
   }
-  for (int s = 0; s < tile.strips; ++s) scatter_bits(cells, tile.first_strip + s, s, ranks, out, first_slot);
+  if (tiles > full_tiles) scatter_bits(cells, tile, ranks, out, first_slot);
   __syncthreads();
   for (int j = threadIdx.x; j < mine[5]; j += kTileThreads) {
     if (mine[4] + j >= out.item_capacity) break;

@@ -29,15 +29,18 @@ struct CellBuffers {
   int64_t cell_capacity, bit_capacity;
 };
 
-// Scratch of the builders: all bitmaps of a dense mask, listed or not, and per strip {cells, partial cells, kept pairs, first slot}.
+// Scratch of the builders: all bitmaps of a dense mask, listed or not, and {cells, partial cells, kept pairs, times} per strip,
+// or per row of blocks for its strips together; the scan replaces the last, by which kept pairs count, by the first slot.
 struct CellScratch {
   uint16_t* words;  // (planes * strips, cells, 16)
-  int4* strips;     // (planes * strips)
+  int4* strips;     // (planes * strips or rows)
+  int* starts;      // (planes * rows + 1): where each row of blocks starts in the lists
 };
 
 cudaError_t pack_cells(const DenseMask& mask, const CellScratch& scratch, cudaStream_t stream);
 cudaError_t count_blocks(const BlockTable& table, const CellScratch& scratch, cudaStream_t stream);
-cudaError_t scan_cells(int strips, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
+cudaError_t scan_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
+cudaError_t scan_blocks(const BlockTable& table, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
 cudaError_t emit_cells(const DenseMask& mask, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
 cudaError_t emit_blocks(const BlockTable& table, const CellScratch& scratch, const CellBuffers& out, cudaStream_t stream);
 

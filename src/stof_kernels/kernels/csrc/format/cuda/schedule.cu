@@ -147,12 +147,13 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
     combines += combine_sum;
   }
   if (threadIdx.x == 0) {
-    const bool over = total > out.tile_capacity || slots > out.slot_capacity || items > out.item_capacity ||
-                      combines > out.combine_capacity || cells.counts[3] != 0;
+    const bool measuring = out.item_capacity == 0;
+    const bool over = cells.counts[3] != 0 || (!measuring && (total > out.tile_capacity || slots > out.slot_capacity ||
+                                                              items > out.item_capacity || combines > out.combine_capacity));
     const int values[kHeaderInts] = {items, parts, combines, static_cast<int>(min(total, int64_t{0x7fffffff})),
                                      static_cast<int>(min(slots, int64_t{0x7fffffff})), longest_item, over, 0};
     for (int k = 0; k < kHeaderInts; ++k) out.header[k] = values[k];
-    if (over && out.item_capacity > 0) cells.counts[3] = 1;  // so that every kernel and SparseMask.check say so
+    if (over) cells.counts[3] = 1;  // so that every kernel and SparseMask.check say so
   }
 }
 
