@@ -22,6 +22,7 @@ from .model_share import kept_rows
 from .model_subject import relative_error, subject, tolerance
 from .timing import Arm, HostArm, Timing, device_arm, time_arms
 
+_SAMPLE_US = 5_000.0  # one sample of such calls lasts about this long, so that the host is ahead of the device
 _HOST_SAMPLES = 5
 _HOST_SAMPLE_US = 50_000.0  # one sample of the host time lasts about this long
 
@@ -38,7 +39,7 @@ def _measure(problem: ModelProblem, job: Measured) -> list[Measurement]:
     want, eager_error = bench.reference()
     with empty_caches() if job.method.tuned else nullcontext():
         ready: ModelReady = job.method.prepare(bench)  # type: ignore[misc, assignment]
-        out = ready.run()
+        out = ready.run().clone()  # a graph's next replay may write over its results
         error, allowed = relative_error(out, want), tolerance(problem, eager_error)
         if not error <= allowed:  # also true for nan
             return _wrong(problem, job, error, f"relative error above {allowed:.2g}")
@@ -69,21 +70,22 @@ def _wrong(problem: ModelProblem, job: Measured, error: float, note: str) -> lis
 
 
 class EventArm:
-    """Device time of one call between two events, for a call that replays a CUDA graph of its own."""
+    """Device time of one call that replays a CUDA graph of its own: events around several calls, divided by their number."""
 
-    note = "replays its own CUDA graph: latency from events around single calls"
-
-    def __init__(self, run: Callable[[], object]):
-        self._run = run
+    def __init__(self, run: Callable[[], object], most_calls: int):
+        self._run, self._calls = run, 1
+        self._calls = max(1, min(most_calls, math.ceil(_SAMPLE_US / max(self.sample(), 1e-3))))
+        self.note = f"replays its own CUDA graph: events around {self._calls} calls in a row, its copies included"
 
     def sample(self) -> float:
-        """One call."""
+        """Microseconds per call."""
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        self._run()
+        for _ in range(self._calls):
+            self._run()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e3
+        return start.elapsed_time(stop) * 1e3 / self._calls
 
 
 def _arm(run: Callable[[], object], own_graphs: bool, problem: ModelProblem, job: Measured) -> Arm:
@@ -92,7 +94,7 @@ def _arm(run: Callable[[], object], own_graphs: bool, problem: ModelProblem, job
         return device_arm(run, problem.device, job.budget)
     for _ in range(job.budget.warmup):
         run()
-    return EventArm(run)
+    return EventArm(run, job.budget.graph_calls)
 
 
 def _control(problem: ModelProblem) -> Callable[[], object]:

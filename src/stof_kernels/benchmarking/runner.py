@@ -147,8 +147,8 @@ def summary(rows: list[Measurement]) -> str:
     time = by_metric.get("device_time", rows[0])
     if time.median is None:
         return f"{time.status}: {time.note}"
-    text = f"{time.median:.4g} {time.unit}"
-    text += "" if time.p20 is None else f" ({time.p20:.4g}-{time.p80:.4g}, n={time.samples})"
+    text = f"{_short(time.median)} {time.unit}"
+    text += "" if time.p20 is None else f" ({_short(time.p20)}-{_short(time.p80)}, n={time.samples})"
     text += " without the mask" if time.exact is False else ""
     if "tuning_time" in by_metric and time.metric != "tuning_time":
         text += f", tuned in {by_metric['tuning_time'].median:.1f} s"
@@ -157,9 +157,14 @@ def summary(rows: list[Measurement]) -> str:
     return text if time.rel_err is None else f"{text}, rel_err {time.rel_err:.1e}"
 
 
+def _short(value: float) -> str:
+    """Four digits, none of them a power of ten."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _part(row: Measurement) -> str:
     """One of several things that a cell measures, named by its operator."""
-    found = row.status if row.median is None else f"{row.median:.4g} {row.unit}"
+    found = row.status if row.median is None else f"{_short(row.median)} {row.unit}"
     return f"{row.operator} {row.metric} {found}"
 
 
