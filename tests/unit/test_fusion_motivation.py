@@ -71,6 +71,25 @@ def test_the_four_ways_follow_the_measured_costs(operator, monkeypatch):
         assert "runs neither operator alone" in alone.how
 
 
+def test_only_what_is_asked_for_is_measured(monkeypatch):
+    seen = []
+
+    def cost(self, segment, template, setting):
+        seen.append(len(segment.ops))
+        self.built[segment.key, template, setting] = segment.module
+        return 1.0
+
+    monkeypatch.setattr(costs.DeviceMeter, "cost", cost)
+    graph, inputs = motivation.pair("bias_layernorm", 1, 16, 16, torch.float32, "cpu")
+    assert set(motivation.measure(graph, inputs, methods=("detached",))) == {"detached"}
+    assert set(seen) == {1}
+    seen.clear()
+    assert set(motivation.measure(graph, inputs, methods=("fused",))) == {"fused"}
+    assert set(seen) == {2}
+    with pytest.raises(ValueError, match="motivation: method 'apart', allowed: detached"):
+        motivation.measure(graph, inputs, methods=("apart",))
+
+
 def test_without_a_fused_kernel_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(motivation, "TEMPLATES", {name: motivation.TEMPLATES[name] for name in ("eager", "rotary")})
     graph, inputs = motivation.pair("gemm_gemm", 1, 16, 16, torch.float32, "cpu")

@@ -108,7 +108,7 @@ class DeviceMeter:
     def cost(self, segment: Segment, template: str, setting: Setting) -> float:
         """Build, compare with the segment's own result, time. Raises `OutOfTime` before what would not fit the budget."""
         self._clock.require()
-        if template == "inductor":
+        if template == "inductor" and segment.device.type == "cpu":
             self._clock.require(self._compile_s)
         inputs = [self._values[node] for node in segment.sources]
         try:
@@ -150,10 +150,14 @@ class DeviceMeter:
         return run, produced
 
     def _admit(self, segment: Segment) -> None:
-        """Raises RuntimeError if Inductor has had its share of the budget."""
+        """Raises RuntimeError where Inductor would take more than its share of the time, beside templates on CUDA."""
         share, spent = _INDUCTOR_SHARE * self._clock.budget, self._clock.spent["inductor"]
-        if segment.device.type == "cuda" and spent and spent + self._compile_s > share:
-            raise RuntimeError(f"Inductor has had its share of the budget, {share:.0f} s")
+        expected = self._compile_s if spent else _FIRST_COMPILE_S
+        left = self._clock.budget - self._clock.elapsed
+        if segment.device.type == "cuda" and (expected > left or (spent and spent + expected > share)):
+            raise RuntimeError(
+                f"Inductor would take {expected:.0f} s of the {left:.0f} s left, {share:.0f} s are its share"
+            )
 
     def _reference(self, segment: Segment, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """The segment's own results, kept until another segment is asked for."""
@@ -278,17 +282,23 @@ def _dense(t: Tensor) -> bool:
 
 @dataclass
 class Space:
-    """Candidates of one segment in a fixed random order, and the best one measured so far."""
+    """Candidates of one segment in a fixed random order, and the best one measured so far.
+
+    ``late`` are those that the search admits one segment at a time, where it is worth their time. ``covered``: some template
+    beside eager and Inductor runs the segment.
+    """
 
     segment: Segment
     waiting: list[tuple[str, Setting]]
     best: Choice | None = None
+    late: list[tuple[str, Setting]] = field(default_factory=list)
+    covered: bool = True
 
     @classmethod
     def of(cls, segment: Segment, seed: int, allowed: Callable[[str], bool]) -> Space:
         """All that any template offers: eager first, then each template's default, then the rest shuffled by the seed.
 
-        On CUDA Inductor comes last where there is a template: it takes seconds for what a template takes a fraction of one.
+        On CUDA Inductor is late: it takes seconds to compile what a template compiles in a fraction of one, on another core.
         """
         first, rest = [("eager", ())], []
         for name, template in TEMPLATES.items():
@@ -298,10 +308,11 @@ class Space:
             first.append((name, settings[0]))
             rest += [(name, s) for s in settings[1:]]
         random.Random(f"{seed} {segment.key}").shuffle(rest)
-        found = first + rest
-        if segment.device.type == "cuda" and len(first) > 2:
-            found.sort(key=lambda candidate: candidate[0] == "inductor")
-        return cls(segment, found)
+        late: list[tuple[str, Setting]] = []
+        if segment.device.type == "cuda":
+            late = [candidate for candidate in first + rest if candidate[0] == "inductor"]
+        covered = bool({name for name, _ in first} - {"eager", "inductor"})
+        return cls(segment, [c for c in first + rest if c not in late], late=late, covered=covered)
 
     def sample(self, meter: Meter, most: int) -> int:
         """Measure up to ``most`` more candidates; returns how many there were."""

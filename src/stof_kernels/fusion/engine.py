@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -122,20 +124,33 @@ def optimize(
     settings = SearchSettings(budget_s=budget_s, seed=seed, templates=templates)
     clock = Clock(settings.budget_s)
     try:
-        captured = capture(model, args, kwargs)
-        with clock.on("planning"):
-            captured.signature.plan_masks(args, kwargs)
-        flat = captured.signature.tensors(args, kwargs)
-        with torch.no_grad():
-            program, plan = tune(
-                captured, flat, settings, clock, use_cache, _line(progress), lambda: model(*args, **kwargs)
-            )
+        with _collection_paused():
+            captured = capture(model, args, kwargs)
+            with clock.on("planning"):
+                captured.signature.plan_masks(args, kwargs)
+            flat = captured.signature.tensors(args, kwargs)
+            with torch.no_grad():
+                program, plan = tune(
+                    captured, flat, settings, clock, use_cache, _line(progress), lambda: model(*args, **kwargs)
+                )
     except CaptureError as error:
         warnings.warn(f"stof.optimize: running the model as it is: {error}", FallbackWarning, stacklevel=2)
         return Optimized(model, None, None, None)
     if plan.use == "model":
         warnings.warn(f"stof.optimize: running the model as it is: {plan.why}", FallbackWarning, stacklevel=2)
     return Optimized(model, captured, program, plan)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: with a model's and a compiler's objects in memory each one takes a second."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def compile_graph(

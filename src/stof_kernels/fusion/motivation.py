@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .blocks import Block
 from .capture import capture
@@ -22,6 +22,7 @@ from .graph import OpGraph, build
 from .plan import Choice
 from .segments import Segment, cut
 from .templates import TEMPLATES, Setting
+from .templates.compiler import CompilerPool
 
 OPERATORS = ("bias_layernorm", "gemm_layernorm", "gemm_gemm")
 METHODS = ("detached", "fused", "tuned_individually", "tuned_after_fusion")
@@ -90,30 +91,61 @@ def pair(
 
 
 def measure(
-    graph: OpGraph, inputs: list[Tensor], budget_s: float = 20.0, most: int = 24, seed: int = 0
+    graph: OpGraph,
+    inputs: list[Tensor],
+    budget_s: float = 20.0,
+    most: int = 24,
+    seed: int = 0,
+    methods: Sequence[str] = METHODS,
 ) -> dict[str, Outcome]:
-    """All four `METHODS` on a captured pair: up to ``most`` candidates per segment, within about ``budget_s`` seconds.
+    """The named `METHODS` on a captured pair: up to ``most`` candidates per segment, within about ``budget_s`` seconds.
 
-    Every candidate is compared with the operators one by one before it counts.
+    Every candidate is compared with the operators one by one before it counts; segments that no named method needs are not
+    measured. ValueError for another method.
     """
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"motivation: method {name!r}, allowed: {', '.join(METHODS)}")
     values = record(graph, [Block(0, len(graph.ops), 1)], inputs)
-    meter = DeviceMeter(graph, values, Clock(budget_s))
     parts, whole = [cut(graph, [i]) for i in range(len(graph.ops))], cut(graph, range(len(graph.ops)))
-    *alone, together = [_table(meter, segment, most, seed) for segment in (*parts, whole)]
-    fused = {choice: us for choice, us in together.items() if choice.template != "eager"}
+    on_cuda = whole.device.type == "cuda"
+    with CompilerPool(processes=None if on_cuda else 0) as pool:
+        meter = DeviceMeter(graph, values, Clock(budget_s), pool if on_cuda else None)
+        return _measured(meter, parts, whole, values, most, seed, set(methods))
 
+
+def _measured(
+    meter: DeviceMeter,
+    parts: list[Segment],
+    whole: Segment,
+    values: dict[fx.Node, Tensor],
+    most: int,
+    seed: int,
+    methods: set[str],
+) -> dict[str, Outcome]:
     def runner(segment: Segment, choice: Choice) -> Callable[[], object]:
         run, tensors = meter.built[segment.key, choice.template, choice.setting], [values[n] for n in segment.sources]
         return lambda: run(*tensors)
 
-    detached = _detached([_best(table) for table in alone], parts, runner)
+    found: dict[str, Outcome] = {}
+    alone: list[dict[Choice, float]] = []
+    if methods & {"detached", "tuned_individually"}:
+        alone = [_table(meter, segment, most, seed) for segment in parts]
+    if "detached" in methods:
+        found["detached"] = _detached([_best(table) for table in alone], parts, runner)
+    rest = [name for name in METHODS[1:] if name in methods]
+    if not rest:
+        return found
+    together = _table(meter, whole, most, seed)
+    fused = {choice: us for choice, us in together.items() if choice.template != "eager"}
     best = _best(fused)
     if best is None:
-        none = Outcome(None, _why_not(whole, meter))
-        return {"detached": detached, "fused": none, "tuned_individually": none, "tuned_after_fusion": none}
+        return found | dict.fromkeys(rest, Outcome(None, _why_not(whole, meter)))
     winner = Outcome(best[1], str(best[0]), runner(whole, best[0]))
-    individually = _individually(meter, alone, whole, fused, best[0].template, runner)
-    return {"detached": detached, "fused": winner, "tuned_individually": individually, "tuned_after_fusion": winner}
+    for name in rest:
+        individually = name == "tuned_individually"
+        found[name] = _individually(meter, alone, whole, fused, best[0].template, runner) if individually else winner
+    return found
 
 
 def _table(meter: DeviceMeter, segment: Segment, most: int, seed: int) -> dict[Choice, float]:
@@ -126,6 +158,7 @@ def _table(meter: DeviceMeter, segment: Segment, most: int, seed: int) -> dict[C
             rest += [(name, s) for s in settings[1:]]
     random.Random(f"{seed} {segment.key}").shuffle(rest)
     found: dict[Choice, float] = {}
+    meter.prepare(segment, (first + rest)[:most], rank=0.0)
     for name, setting in (first + rest)[:most]:
         try:
             cost = meter.cost(segment, name, setting)

@@ -21,6 +21,7 @@ from .scheme import MAX_COMPUTE, FusionScheme
 from .segments import Segment, cut
 
 Progress = Callable[[str], None]
+_LATE_SHARE = 0.03  # of the unfused time: what a segment has to take for a compiler of seconds to be asked
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class SearchSettings:
 
     A candidate costs milliseconds on a GPU but seconds of a C++ compiler on the CPU, so ``samples`` 0 means 8 there and 2 here.
     ``gain`` is the share by which a move has to be faster to be kept: what is below is noise. ``templates`` restricts the
-    templates (None: all); eager is always there.
+    templates (None: all); eager is always there. On CUDA Inductor is tried on segments that no template runs and that take a
+    few percent of the time; ``thorough`` has it tried beside the templates too, which costs seconds a segment.
     """
 
     budget_s: float = 30.0
@@ -38,6 +40,7 @@ class SearchSettings:
     gain: float = 0.01
     seed: int = 0
     templates: tuple[str, ...] | None = None
+    thorough: bool = False
 
     def __post_init__(self):
         if not self.budget_s >= 0:
@@ -63,6 +66,7 @@ class Search:
     spaces: dict[str, Space] = field(default_factory=dict)
     schemes: dict[int, FusionScheme] = field(default_factory=dict)
     seen: set[tuple[int, int]] = field(default_factory=set)
+    unfused: dict[int, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"schemes": 0, "kept": 0, "candidates": 0, "rounds": 0})
     _cuts: dict[tuple[int, int, int], Segment] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
@@ -100,6 +104,7 @@ class Search:
         self._ahead(i, kinds)
         # The unfused scheme is measured first, so that whatever happens later there is something to compare with.
         best = self._evaluate(i, self.schemes[i])
+        self.unfused[i] = best * block.count if math.isfinite(best) else 0.0
         for scheme in start_schemes(self.graph, block):
             if self._is_new(i, scheme) and (cost := self._evaluate(i, scheme)) < best:
                 best = self._keep(i, scheme, cost, "start")
@@ -160,11 +165,19 @@ class Search:
         total = 0.0
         for segment in self._segments(i, decoded):
             space = self._space(segment)
+            if space.late and not space.covered and self._worth(space, self._apart(i, segment)):
+                self._admit(space)
             missing = self._samples(segment) - self._tried(space)
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
             total += space.best.cost_us if space.best else math.inf
         return total
+
+    def _apart(self, i: int, segment: Segment) -> float:
+        """Microseconds of a segment's operators one by one over all layers, as far as they have been measured."""
+        first = self.graph.ops.index(segment.ops[0]) - self.blocks[i].start
+        singles = [self._space(self._cut(i, j, j + 1)).best for j in range(first, first + len(segment.ops))]
+        return self.blocks[i].count * sum(best.cost_us for best in singles if best and math.isfinite(best.cost_us))
 
     def _tried(self, space: Space) -> int:
         return self._sizes[space.segment.key] - len(space.waiting)
@@ -188,6 +201,23 @@ class Search:
             self.counts["rounds"] += 1
             saved = sum(gains.values())
             self.progress(f"tuning round {self.counts['rounds']}: {saved:.0f} us saved, {len(shares)} segments left")
+        self._late_candidates(weights)
+
+    def _late_candidates(self, weights: dict[str, float]) -> None:
+        """Inductor on what no template runs, or on everything if asked for, where most of the time is spent first."""
+        spaces = [self.spaces[key] for key in weights if self.spaces[key].late and self.spaces[key].best]
+        for space in sorted(spaces, key=lambda s: -weights[s.segment.key] * s.best.cost_us):
+            if self._worth(space, weights[space.segment.key] * space.best.cost_us):
+                self._admit(space)
+                self.counts["candidates"] += space.sample(self.meter, len(space.waiting))
+
+    def _worth(self, space: Space, cost: float) -> bool:
+        """Whether late candidates of a segment are worth seconds of a compiler: its part of the time is large enough."""
+        return (self.settings.thorough or not space.covered) and cost >= _LATE_SHARE * sum(self.unfused.values())
+
+    def _admit(self, space: Space) -> None:
+        self._sizes[space.segment.key] += len(space.late)
+        space.waiting, space.late = space.waiting + space.late, []
 
     def _round(self, shares: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
         """Microseconds that each segment's samples of one round gained over all its layers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -191,12 +192,23 @@ def build(
 
     config = chosen.config(shape, seq_len)
     config._attn_implementation = attention
-    model = getattr(transformers, chosen.model_class)(config, **dict(chosen.options))
+    with _without_init():
+        model = getattr(transformers, chosen.model_class)(config, **dict(chosen.options))
+    model.tie_weights()  # a part of the initialisation that was left out
     randomise_(model, seed)
     # Parameters one by one, not model.to(dtype): rotary frequencies are a buffer that has to stay in float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _without_init() -> AbstractContextManager[object]:
+    """transformers' own way to leave parameters unset, where it has one: all of them are drawn by `randomise_` anyway."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        return nullcontext()
+    return no_init_weights()
 
 
 def randomise_(model: nn.Module, seed: int) -> nn.Module:

@@ -85,7 +85,9 @@ def load(source: str) -> ModuleType:
 @lru_cache(maxsize=16)
 def arch_of(device: torch.device) -> int:
     """Compute capability as in 90; 0 where kernels are interpreted."""
-    if device.type != "cuda":
+    import triton
+
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
