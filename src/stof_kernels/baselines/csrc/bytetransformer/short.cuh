@@ -2,7 +2,8 @@
 //
 // Written from the published design: WMMA tiles of 16 x 16 x 16 with fp16 sums, one score tile a warp, a softmax with one warp
 // a row and fp32 registers, values in the keys' place. Ours where the description is silent: registers are capped so that as
-// many blocks share a multiprocessor as its 2048 threads allow, and values are loaded before the softmax, not after it.
+// many blocks share a multiprocessor as its 2048 threads allow, and the first values are fetched before the scores are
+// computed and stored before the softmax, not after it.
 #pragma once
 
 #include "device.cuh"
@@ -14,31 +15,56 @@ constexpr float kOutside = -1e20f;     // score of a column past the sequence
 constexpr float kSumFloor = 1e-6f;
 
 // Rows of one head from packed QKV to a padded array in shared memory, with the bias added on the way: 32 lanes x 2 halves a row.
-// `from`: this head's column of the first row; `step`: halves from row to row; rows from `valid` on become zero.
+// Some loads are in flight at once; more would cost registers, and so blocks.
 template <int kRows, int kDim, int kWarps>
-__device__ __forceinline__ void copy_rows(half_t* to, const half_t* from, int64_t step, const half_t* bias, int valid) {
-  constexpr int kPairs = kDim / 2, kPerWarp = 32 / kPairs, kPass = kWarps * kPerWarp;
-  constexpr int kSteps = ceil_div(kRows, kPass), kAtOnce = kSteps < 4 ? kSteps : 4;  // loads in flight: more would cost blocks
+class RowCopy {
+  static constexpr int kPairs = kDim / 2, kPerWarp = 32 / kPairs, kPass = kWarps * kPerWarp;
+  static constexpr int kSteps = ceil_div(kRows, kPass), kAtOnce = kSteps <= 4 ? kSteps : 3;
   static_assert(32 % kPairs == 0, "a row must be a whole number of lanes");
-  const int pair = threadIdx.x % 32 % kPairs, first = threadIdx.x / 32 * kPerWarp + threadIdx.x % 32 / kPairs;
-  const uint32_t shift = *reinterpret_cast<const uint32_t*>(bias + 2 * pair);
-  from += first * step + 2 * pair, to += first * (kDim + kPad) + 2 * pair;
+
+ public:
+  // `from`: this head's column of the first row; `step`: halves from row to row; rows from `valid` on become zero. Loads begin.
+  __device__ __forceinline__ RowCopy(const half_t* from, int step, const half_t* bias, int valid)
+      : from_(from + first() * step + 2 * pair()), bias_(bias + 2 * pair()), step_(step), valid_(valid) {
+    fetch(0);
+  }
+
+  __device__ __forceinline__ void store(half_t* to) {
+    to += first() * (kDim + kPad) + 2 * pair();
+    const uint32_t shift = *reinterpret_cast<const uint32_t*>(bias_);
+    put(to, shift, 0);
 #pragma unroll 1
-  for (int begin = 0; begin < kSteps; begin += kAtOnce) {
-    uint32_t value[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int pass = (begin + i) * kPass;
-      value[i] = first + pass < valid ? *reinterpret_cast<const uint32_t*>(from + pass * step) : 0u;
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int pass = (begin + i) * kPass;
-      if (first + pass < kRows)
-        *reinterpret_cast<uint32_t*>(to + pass * (kDim + kPad)) = first + pass < valid ? add_pairs(value[i], shift) : 0u;
+    for (int begin = kAtOnce; begin < kSteps; begin += kAtOnce) {
+      fetch(begin);
+      put(to, shift, begin);
     }
   }
-}
+
+ private:
+  static __device__ __forceinline__ int pair() { return threadIdx.x % 32 % kPairs; }
+  static __device__ __forceinline__ int first() { return threadIdx.x / 32 * kPerWarp + threadIdx.x % 32 / kPairs; }
+
+  __device__ __forceinline__ void fetch(int begin) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int pass = (begin + i) * kPass;
+      value_[i] = first() + pass < valid_ ? *reinterpret_cast<const uint32_t*>(from_ + pass * step_) : 0u;
+    }
+  }
+  __device__ __forceinline__ void put(half_t* to, uint32_t shift, int begin) const {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int pass = (begin + i) * kPass;
+      if (first() + pass < kRows)
+        *reinterpret_cast<uint32_t*>(to + pass * (kDim + kPad)) = first() + pass < valid_ ? add_pairs(value_[i], shift) : 0u;
+    }
+  }
+
+  const half_t* from_;
+  const half_t* bias_;
+  int step_, valid_;
+  uint32_t value_[kAtOnce];
+};
 
 // softmax(scale * score - 10000 * (1 - mask)) of one row in place, by one warp; columns from seq_len to kRows become 0.
 template <int kRows>
@@ -81,13 +107,18 @@ __device__ __forceinline__ void attend(const ShortProblem& p, int batch, int sla
   half_t* const keys = queries + kSlab * kStep;
   half_t* const scores = keys + kRows * kStep;
   const int warp = threadIdx.x / 32, width = p.heads * kDim, column = blockIdx.x * kDim;
-  const int64_t row_step = 3 * static_cast<int64_t>(width);
+  const int row_step = 3 * width;
   const half_t* const tokens = p.qkv + batch * static_cast<int64_t>(p.seq_len) * row_step + column;
   const half_t* const bias = p.bias + column;
   const int slab_valid = p.seq_len - slab_start < kSlab ? p.seq_len - slab_start : kSlab;
 
-  copy_rows<kSlab, kDim, kWarps>(queries, tokens + slab_start * row_step, row_step, bias, slab_valid);
-  copy_rows<kRows, kDim, kWarps>(keys, tokens + width, row_step, bias + width, p.seq_len);
+  {
+    RowCopy<kSlab, kDim, kWarps> query_rows(tokens + slab_start * row_step, row_step, bias, slab_valid);
+    RowCopy<kRows, kDim, kWarps> key_rows(tokens + width, row_step, bias + width, p.seq_len);
+    query_rows.store(queries);
+    key_rows.store(keys);
+  }
+  RowCopy<kRows, kDim, kWarps> values(tokens + 2 * width, row_step, bias + 2 * width, p.seq_len);
   block_barrier();
 
   if (warp < kSlab / kCell * kColumns) {
@@ -99,8 +130,8 @@ __device__ __forceinline__ void attend(const ShortProblem& p, int batch, int sla
   }
   block_barrier();
 
-  // Values take the keys' place; the softmax of one warp runs under the loads of another.
-  copy_rows<kRows, kDim, kWarps>(keys, tokens + 2 * width, row_step, bias + 2 * width, p.seq_len);
+  // In the keys' place; the softmax of one warp runs under the loads of another.
+  values.store(keys);
   const half_t* const mask = p.mask + (batch * static_cast<int64_t>(p.seq_len) + slab_start) * p.seq_len;
   for (int row = warp; row < slab_valid; row += kWarps)
     softmax_row<kRows>(scores + row * kScoreStep, mask + static_cast<int64_t>(row) * p.seq_len, p.seq_len, p.scale);
