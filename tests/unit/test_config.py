@@ -66,6 +66,35 @@ def test_the_configuration_itself_passes() -> None:
         ("experiments/mha/methods", "fa7", "config experiments.mha.methods: 'fa7' is unknown, allowed: all, stof, "),
         ("experiments/mha/timing/cpu/max_samples", 2, "config experiments.mha.timing.cpu: min_samples 5 is above"),
         ("experiments/mha/sizes/cpu/1/batch", 1, "config experiments.mha.sizes.cpu: batch 1 is listed twice"),
+        (
+            "experiments/end_to_end/models/cpu",
+            ["bert"],
+            "config experiments.end_to_end (cpu): models: 'bert' is unknown, ",
+        ),
+        (
+            "experiments/end_to_end/mask",
+            "bigbrid",
+            "config experiments.end_to_end (cuda): mask: 'bigbrid' is unknown, ",
+        ),
+        ("experiments/end_to_end/model_size", "huge", "config experiments.end_to_end.model_size: 'huge' is not one of"),
+        ("experiments/end_to_end/tuning_s/cpu", -1, "config experiments.end_to_end.tuning_s.cpu: -1 is less than"),
+        (
+            "experiments/ablation/methods",
+            ["sdpa"],
+            "config experiments.ablation.methods: 'sdpa' is unknown, allowed: stof, ",
+        ),
+        ("experiments/overhead/heads", 3, "config experiments.overhead: unknown key 'heads'"),
+        (
+            "experiments/end_to_end/sizes/cpu",
+            [{"batch": 1, "seq_len": [64]}, {"batch": 1, "seq_len": [64]}],
+            "config experiments.end_to_end.sizes.cpu: bert_base:1x64 is listed twice, allowed: once",
+        ),
+        (
+            "experiments/motivation/operators",
+            ["gemm"],
+            "config experiments.motivation (cuda): operators: 'gemm' is unknown",
+        ),
+        ("experiments/motivation/candidates/cpu", 1, "config experiments.motivation.candidates.cpu: 1 is less than"),
         ("gpus/a100/match", "(", "config gpus.a100.match: '(' is no regular expression"),
         ("gpus/a100/device", "cpu", "config gpus.a100: device cpu does not go with arch 'sm_80'"),
         ("gpus/auto", {"label": "x", "arch": "cpu"}, "config gpus: unknown key 'auto'"),
@@ -93,6 +122,30 @@ def test_settings_of_a_job_are_its_device_s() -> None:
     assert settings["sizes"] == CONFIG["experiments"]["mha"]["sizes"]["cpu"]
     assert settings["timing"] == CONFIG["experiments"]["mha"]["timing"]["cpu"]
     assert checks.job_settings(CONFIG, "mha", "cuda")["sizes"] == CONFIG["experiments"]["mha"]["sizes"]["cuda"]
+
+
+def test_settings_that_are_not_written_are_those_of_the_shared_experiment() -> None:
+    config = copy.deepcopy(CONFIG)
+    config["experiments"]["end_to_end"]["tuning_s"]["cpu"] = 7
+    config["experiments"]["overhead"] = {"methods": "all", "tuning_s": {"cuda": 5}}
+    check(config)
+    assert config["experiments"]["overhead"]["tuning_s"] == {"cuda": 5, "cpu": 7}
+    assert checks.job_settings(config, "overhead", "cpu") == checks.job_settings(config, "end_to_end", "cpu")
+    config["experiments"]["overhead"]["sizes"]["cpu"].append({"batch": 2, "seq_len": [64]})
+    assert len(config["experiments"]["end_to_end"]["sizes"]["cpu"]) == 1  # a copy
+
+
+def test_a_run_is_shared_where_all_but_the_lists_is_equal() -> None:
+    assert checks.shared_experiment(CONFIG, "tuning_cost", "stof", "cpu") == "end_to_end"
+    assert checks.shared_experiment(CONFIG, "ablation", "stof_mha_only", "cpu") == ""  # end_to_end has no such method
+    assert checks.shared_experiment(CONFIG, "end_to_end", "stof", "cpu") == ""
+    fewer = changed("experiments/ablation/models/cpu", ["bert_base"])
+    assert checks.shared_experiment(fewer, "ablation", "stof", "cpu") == "end_to_end"
+    other = changed("experiments/ablation/tuning_s/cpu", 3)
+    assert checks.shared_experiment(other, "ablation", "stof", "cpu") == ""
+    assert checks.shared_experiment(other, "ablation", "stof", "cuda") == "end_to_end"
+    without = changed("experiments/end_to_end/methods", ["sdpa"])
+    assert checks.shared_experiment(without, "ablation", "stof", "cpu") == ""
 
 
 def test_selected_methods() -> None:
