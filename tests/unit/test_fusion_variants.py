@@ -59,6 +59,19 @@ def test_compiled_variants_are_the_reference(counter):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("id", ["llama", "t5"])
+def test_flex_attention_has_the_same_mask(id, counter):
+    """As a compiler sees it; its own kernels are for CUDA."""
+    model = variants.build(case(id), variants.FLEX)
+    given = variants.arguments(case(id), variants.FLEX)
+    with torch.no_grad():
+        out = torch.compile(model, mode=None, dynamic=False, fullgraph=True)(**given).last_hidden_state
+    agree(out, variants.reference(case(id)))
+    assert counter.frame_count == 1
+    with pytest.raises(Unavailable, match="compiled for CUDA only"):
+        variants.prepare(case(id), "torch_compile_flex")
+
+
 def test_the_broken_boundary_really_breaks_the_graph(counter):
     ready = variants.prepare(case("bert_base"), "torch_compile_no_mha_boundary")
     agree(ready.run(), variants.reference(case("bert_base")))

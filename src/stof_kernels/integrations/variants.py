@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ..formats import SparseMask
 from ..fusion import FusionPlan, optimize
+from ..masks import Pattern
 from . import models
 from . import transformers as stof_transformers
 from .models import Shape
 from .transformers import Masks, role_of, select_mask
 
-NATIVE, SDPA, BROKEN = "stof_unfused", "stof_sdpa", "stof_broken"
+NATIVE, SDPA, FLEX, BROKEN = "stof_unfused", "stof_sdpa", "stof_flex", "stof_broken"
 
 
 class Unavailable(Exception):
@@ -96,6 +97,8 @@ def build(case: Case, attention: str) -> nn.Module:
 def arguments(case: Case, attention: str) -> dict[str, Any]:
     """Inputs of a forward pass, the mask in the form that this attention takes."""
     given = models.inputs(case.model, case.batch, case.seq_len, case.dtype, case.device, case.seed, case.size)
+    if attention == FLEX:
+        return {**given, "stof_mask": _block_masks(case)}
     mask = models.masks(case.model, case.seq_len, case.family, case.device)
     if attention == SDPA:
         mask = _each(mask, SparseMask.to_dense)
@@ -123,6 +126,18 @@ def _additive(mask: SparseMask, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask.to_dense(), -torch.inf)
 
 
+def _block_masks(case: Case) -> Any:
+    """The case's mask as FlexAttention takes it: the same predicates, so what it computes is exact."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def built(pattern: Pattern) -> Any:
+        rule = pattern.bind(case.tokens, case.tokens, case.device)
+        return create_block_mask(rule, None, None, case.tokens, case.tokens, device=case.device)
+
+    found = {role: built(p) for role, p in models.patterns(case.model, case.seq_len, case.family).items()}
+    return Masks(**found) if len(found) > 1 else next(iter(found.values()))
+
+
 def _each(mask: SparseMask | Masks, form: Callable[[SparseMask], Tensor]) -> Tensor | Masks:
     if isinstance(mask, Masks):
         return Masks(*(form(m) for m in (mask.encoder, mask.decoder, mask.cross)))
@@ -138,7 +153,8 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    for name, function in ((NATIVE, unfused_attention), (SDPA, sdpa_attention), (BROKEN, broken_attention)):
+    functions = {NATIVE: unfused_attention, SDPA: sdpa_attention, FLEX: flex_attention, BROKEN: broken_attention}
+    for name, function in functions.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, stof_transformers.stof_mask_function)
 
@@ -170,6 +186,32 @@ def sdpa_attention(
         mask = position_bias.masked_fill(~mask, -torch.inf)
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2), None
+
+
+def flex_attention(
+    module, query, key, value, attention_mask, scaling=None, position_bias=None, stof_mask=None, **kwargs
+):
+    """PyTorch's FlexAttention, to be compiled with the model; ``stof_mask`` is a BlockMask of the mask's own predicate."""
+    from torch.nn.attention import flex_attention as flex
+
+    role = role_of(module)
+    with_bias = None
+    if position_bias is not None and role != "cross":
+        bias = position_bias[0]
+
+        def with_bias(score, b, h, q, kv):
+            return score + bias[h, q, kv]
+
+    out = flex.flex_attention(
+        query,
+        key,
+        value,
+        score_mod=with_bias,
+        block_mask=select_mask(stof_mask, role),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2), None
 
@@ -237,12 +279,14 @@ def _seconds(run: Callable[[], Tensor], device: str) -> float:
 
 
 _GRAPHS = "CUDA graphs need a CUDA device"
+_FLEX = "inside a whole model FlexAttention is compiled for CUDA only"
 _ALL = (
     Variant("torch_native", NATIVE, _as_it_is),
     Variant("sdpa", SDPA, _as_it_is),
     Variant("torch_compile", SDPA, _compiled()),
     Variant("torch_compile_reduce_overhead", SDPA, _compiled("reduce-overhead"), needs_cuda=_GRAPHS),
     Variant("torch_compile_max_autotune", SDPA, _compiled("max-autotune"), needs_cuda=_GRAPHS),
+    Variant("torch_compile_flex", FLEX, _compiled("reduce-overhead"), needs_cuda=_FLEX),
     Variant("torch_compile_no_mha_boundary", BROKEN, _compiled(fullgraph=False)),
     Variant("stof", stof_transformers.NAME, _optimized),
     Variant("stof_mha_only", stof_transformers.NAME, _as_it_is),
