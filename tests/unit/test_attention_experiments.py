@@ -70,13 +70,11 @@ def test_dense_methods_take_a_mask_per_head_as_it_is(method: str) -> None:
 
 
 @pytest.mark.parametrize("length", [512, 448])
-@pytest.mark.parametrize("method", ["flex_attention", "flex_flash"])
-def test_flex_block_masks_list_the_blocks_of_every_head(method: str, length: int) -> None:
+@pytest.mark.parametrize("tile", [64, 128])
+def test_flex_block_masks_list_the_blocks_of_every_head(tile: int, length: int) -> None:
     found = problem(HeadBlocks(3, 64, 0.3), heads=3, kv_heads=3, length=length)
     table = found.pattern.table(length, length)
-    spec = baselines.get(method)
-    built = attention_forms.flex_block_mask(spec, found, table, found.pattern.bind(length, length))
-    tile = {"flex_attention": 64, "flex_flash": 128}[method]
+    built = attention_forms.flex_block_mask(found, table, found.pattern.bind(length, length), tile)
     assert tuple(built.BLOCK_SIZE) == (tile, tile)
     kept = dense_keep(found).float()
     some = F.max_pool2d(kept, tile, ceil_mode=True) > 0
@@ -87,6 +85,26 @@ def test_flex_block_masks_list_the_blocks_of_every_head(method: str, length: int
         for row, n in enumerate(built.full_kv_num_blocks[0, h].tolist()):
             listed[0, h, row, built.full_kv_indices[0, h, row, :n].long()] = True
     assert torch.equal(listed, every)
+
+
+def test_flex_falls_back_on_the_tiles_that_compile(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    found = problem(HeadBlocks(4, 64, 0.3), length=256)
+    tensors, table = make_tensors(found), found.pattern.table(256, 256)
+    rule = found.pattern.bind(256, 256)
+
+    def picky(spec, problem, tensors, options=None):
+        def call(block_mask):
+            if block_mask.BLOCK_SIZE[0] == 64:
+                raise ValueError("Q and KV block size must be divisible by BLOCK_M and BLOCK_N")
+            return block_mask
+
+        return call
+
+    monkeypatch.setattr(attention_forms, "flex_call", picky)
+    call, tile = attention_forms.flex_blocks_call(baselines.get("flex_attention"), found, tensors, table, rule)
+    assert tile == 128
+    assert call(attention_forms.flex_block_mask(found, table, rule, tile)).BLOCK_SIZE == (128, 128)
+    assert "no block mask of 64 x 64 tiles here: ValueError: Q and KV block size" in capsys.readouterr().err
 
 
 def documents_one_by_one(q, k, v, ends, longest, causal, scale):
@@ -263,7 +281,7 @@ def test_flex_takes_a_new_table_at_every_call(monkeypatch: pytest.MonkeyPatch) -
     found = problem(HeadBlocks(4, 64, 0.3), length=256)
     tensors = make_tensors(found)
     asked = []
-    monkeypatch.setattr(attention_dynamic, "flex_call", lambda spec, problem, tensors: asked.append)
+    monkeypatch.setattr(attention_dynamic, "flex_blocks_call", lambda *which: (asked.append, 64))
     tables = [replace(found.pattern, seed=s).table(256, 256) for s in (0, 5)]
     call = attention_dynamic._flex(baselines.get("flex_attention"), found, tensors, tables[0])
     for table in tables:

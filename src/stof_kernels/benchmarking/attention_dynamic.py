@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from stof_kernels.baselines import MethodSpec, Problem, Tensors
 
-from .attention_forms import flex_block_mask, flex_call, prepare
+from .attention_forms import flex_block_mask, flex_blocks_call, prepare
 from .attention_masks import HeadBlocks
 from .cell import Measured, host_time, kept_of, measure_attention, numbers_of, rows_or_reason, shared_tensors
 from .experiments import Cell
@@ -120,16 +120,17 @@ def _stof(spec: MethodSpec, problem: Problem, tensors: Tensors, table: Tensor) -
 
 def _flex(spec: MethodSpec, problem: Problem, tensors: Tensors, table: Tensor) -> Call:
     """The block mask through its public constructor, by plain operators on the device, then the compiled call."""
-    run, current = flex_call(spec, problem, tensors), table.clone()
-    block = problem.pattern.block  # type: ignore[attr-defined]  # HeadBlocks
+    current, block = table.clone(), problem.pattern.block  # type: ignore[attr-defined]  # HeadBlocks
 
     # One function for all tables: FlexAttention compiles for each function it is given.
     def rule(b, h, q, kv):
         return current[h, q // block, kv // block]
 
+    run, tile = flex_blocks_call(spec, problem, tensors, current, rule)
+
     def call(table: Tensor) -> Tensor:
         current.copy_(table)
-        return run(flex_block_mask(spec, problem, table, rule))
+        return run(flex_block_mask(problem, table, rule, tile))
 
     return call
 

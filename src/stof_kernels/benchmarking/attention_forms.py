@@ -7,6 +7,7 @@ need beyond that is here, so that it is part of what their rows depend on and of
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,15 +18,15 @@ from stof_kernels.baselines import MethodSpec, Prepared, Problem, Tensors
 from stof_kernels.masks.families import Document
 
 from .attention_masks import HeadBlocks
-from .cell import Measured, measure_attention, rows_or_reason
+from .cell import Measured, is_out_of_memory, measure_attention, one_line, rows_or_reason
 from .experiments import Cell
 from .measurement import Measurement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLEX_TILE = {"flex_attention": 64, "flex_flash": 128}
-"""Block size of FlexAttention's block mask for masks of 64 x 64 blocks: 64 where its kernel has it, so no tile is wasted."""
+_FLEX_TILES = {"flex_attention": (64, 128), "flex_flash": (128,)}
+"""Block sizes that FlexAttention's block mask of 64 x 64 blocks may have, best first: at 64 no tile is wasted."""
 
 _EAGER_BLOCK_MASK = 1 << 30
 """Positions up to which FlexAttention's block mask is made eagerly, through an S x S mask: its compiled form needs none."""
@@ -47,14 +48,14 @@ def prepare(spec: MethodSpec, problem: Problem, tensors: Tensors) -> Prepared:
     if isinstance(pattern, HeadBlocks):
         if spec.id == "stof":
             return _stof_blocks(problem, tensors, pattern)
-        if spec.id in _FLEX_TILE:
+        if spec.id in _FLEX_TILES:
             return _flex_blocks(spec, problem, tensors, pattern)
     if isinstance(pattern, Document) and problem.device == "cuda" and spec.id in _PACKED:
         _require_runnable(spec, problem)
         return _packed(problem, tensors, pattern, _PACKED[spec.id])
     if spec.id == "sdpa_efficient" and problem.grouped:
         return _repeated_heads(spec, problem, tensors)
-    if spec.id in _FLEX_TILE and problem.q_len * problem.kv_len > _EAGER_BLOCK_MASK:
+    if spec.id in _FLEX_TILES and problem.q_len * problem.kv_len > _EAGER_BLOCK_MASK:
         return _flex_compiled_mask(spec, problem, tensors)
     return spec.prepare(problem, tensors)  # type: ignore[misc]  # absent methods never come here
 
@@ -93,13 +94,16 @@ def _flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def flex_call(spec: MethodSpec, problem: Problem, tensors: Tensors) -> Callable[[Any], Tensor]:
+def flex_call(
+    spec: MethodSpec, problem: Problem, tensors: Tensors, options: dict[str, object] | None = None
+) -> Callable[[Any], Tensor]:
     """Compiled FlexAttention as a function of its block mask; compiled at the first call."""
     import torch
 
     _require_flex(spec, problem)
     torch._dynamo.reset()  # each mask is a new function to Dynamo, which keeps a limited number of graphs and then refuses
-    run, options = _flex(), _flex_options(spec, problem)
+    run = _flex()
+    options = {"BACKEND": "FLASH"} if spec.id == "flex_flash" else options
 
     def call(block_mask: Any) -> Tensor:
         return run(
@@ -108,6 +112,24 @@ def flex_call(spec: MethodSpec, problem: Problem, tensors: Tensors) -> Callable[
         )  # fmt: skip
 
     return call
+
+
+def flex_blocks_call(
+    spec: MethodSpec, problem: Problem, tensors: Tensors, table: Tensor, rule: Callable
+) -> tuple[Callable[[Any], Tensor], int]:
+    """(call, block size of its block masks) for masks of blocks: of the best size that compiles here, tried with ``table``."""
+    *finer, coarsest = _FLEX_TILES[spec.id]
+    for tile in finer:
+        options = {"BLOCK_M": tile, "BLOCK_N": tile} if problem.device == "cuda" else None
+        call = flex_call(spec, problem, tensors, options)
+        try:
+            call(flex_block_mask(problem, table, rule, tile))
+            return call, tile
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            print(f"{spec.id}: no block mask of {tile} x {tile} tiles here: {one_line(error)}", file=sys.stderr)
+    return flex_call(spec, problem, tensors), coarsest
 
 
 def _require_flex(spec: MethodSpec, problem: Problem) -> None:
@@ -120,22 +142,14 @@ def _require_flex(spec: MethodSpec, problem: Problem) -> None:
         require_fa4()
 
 
-def _flex_options(spec: MethodSpec, problem: Problem) -> dict[str, object] | None:
-    if spec.id == "flex_flash":
-        return {"BACKEND": "FLASH"}
-    if isinstance(problem.pattern, HeadBlocks) and problem.device == "cuda":
-        return {"BLOCK_M": _FLEX_TILE[spec.id], "BLOCK_N": _FLEX_TILE[spec.id]}
-    return None
-
-
-def flex_block_mask(spec: MethodSpec, problem: Problem, table: Tensor, rule: Callable) -> Any:
+def flex_block_mask(problem: Problem, table: Tensor, rule: Callable, tile: int) -> Any:
     """FlexAttention's block mask of a bool table of blocks (heads, rows, columns), through its public constructor.
 
     ``rule`` decides inside its tiles that are larger than the blocks and only partly kept.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    block, tile = problem.pattern.block, _FLEX_TILE[spec.id]  # type: ignore[attr-defined]  # HeadBlocks
+    block = problem.pattern.block  # type: ignore[attr-defined]  # HeadBlocks
     some = full = table
     if tile != block:
         some, full = _coarser(table, tile // block)
@@ -171,15 +185,15 @@ def _coarser(table: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
 
 def _flex_blocks(spec: MethodSpec, problem: Problem, tensors: Tensors, pattern: HeadBlocks) -> Prepared:
     """Compiled call with a block mask per head."""
-    call = flex_call(spec, problem, tensors)
     table = pattern.table(problem.q_len, problem.kv_len, problem.device)
     rule = pattern.bind(problem.q_len, problem.kv_len, problem.device)
+    call, tile = flex_blocks_call(spec, problem, tensors, table, rule)
 
     def build() -> Any:
-        return flex_block_mask(spec, problem, table, rule)
+        return flex_block_mask(problem, table, rule, tile)
 
     block_mask = build()
-    note = f"block mask of {_FLEX_TILE[spec.id]} x {_FLEX_TILE[spec.id]} tiles"
+    note = f"block mask of {tile} x {tile} tiles"
     return Prepared(lambda: call(block_mask), pattern, note=note, mask_build=build)
 
 
