@@ -11,9 +11,11 @@ from stof_kernels.kernels import raw
 
 pytestmark = pytest.mark.gpu
 
-ROW_WISE, WIDE, TALL, LARGE, SPLIT = 0, 1, 2, 3, 4
+ROW_WISE, WIDE, TALL, LARGE, SPLIT, HOPPER, HOPPER_PAIR = 0, 1, 2, 3, 4, 5, 6
 KERNELS = {"row_wise": (ROW_WISE, 64, 0), "wide": (WIDE, 64, 0), "cut": (WIDE, 64, 2), "tall": (TALL, 64, 0),
-           "large": (LARGE, 128, -1), "split": (SPLIT, 64, 0), "split_cut": (SPLIT, 64, 3)}  # fmt: skip
+           "large": (LARGE, 128, -1), "split": (SPLIT, 64, 0), "split_cut": (SPLIT, 64, 3),
+           "hopper": (HOPPER, 64, 0), "hopper_cut": (HOPPER, 64, 2), "hopper_pair": (HOPPER_PAIR, 128, 0),
+           "hopper_pair_cut": (HOPPER_PAIR, 128, 2)}  # fmt: skip
 TOLERANCE = {torch.float16: 7e-4, torch.bfloat16: 6e-3}
 
 
@@ -86,7 +88,16 @@ def poisoned():
 
 
 def exists(kernel, dim):
+    if kernel.startswith("hopper"):
+        return dim <= 128 and torch.cuda.get_device_capability() == (9, 0)
     return kernel != "large" or dim <= 128
+
+
+@pytest.fixture(params=list(KERNELS))
+def kernel(request):
+    if not exists(request.param, 64):
+        pytest.skip("not on this card")
+    return request.param
 
 
 @pytest.mark.parametrize("dim", [8, 24, 32, 40, 64, 72, 96, 128, 136, 192, 200, 256])
@@ -101,7 +112,6 @@ def test_every_kernel_and_head_dim(dim, dtype, planes):
                 assert_right(attend(q, k, v, keep, kernel), expected, dtype)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
 def test_all_length_residues(kernel):
     for step in range(64):
         q_len, kv_len = 1 + step * 3 % 130, 1 + step
@@ -110,7 +120,6 @@ def test_all_length_residues(kernel):
         assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize("dim", [64, 96, 128])
 def test_bias(kernel, dim):
     q, k, v = draw(2, 4, 2, 130, 150, dim, torch.float16)
@@ -126,7 +135,6 @@ def test_bias(kernel, dim):
         assert_right(attend(q, k, v, keep, kernel, bias), reference(q, k, v, keep, bias), torch.float16)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.5])
 def test_scale(kernel, scale):
     q, k, v = draw(1, 2, 2, 100, 90, 64, torch.float16)
@@ -134,7 +142,6 @@ def test_scale(kernel, scale):
     assert_right(attend(q, k, v, keep, kernel, scale=scale), reference(q, k, v, keep, scale=scale), torch.float16)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0), (0, 0), (1, 1), (1, 777), (333, 1)])
 def test_degenerate_lengths(kernel, q_len, kv_len):
     q, k, v = draw(2, 2, 1, q_len, kv_len, 64, torch.float16)
@@ -142,7 +149,6 @@ def test_degenerate_lengths(kernel, q_len, kv_len):
     assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
 def test_strides_and_result_memory(kernel):
     keep = torch.rand(1, 1, 70, 70, device="cuda") < 0.5
     packed = torch.randn(2, 70, 3, 4, 64, device="cuda").half()
@@ -159,7 +165,6 @@ def test_strides_and_result_memory(kernel):
     assert_right(attend(q, shared, v, keep, kernel), reference(q, shared, v, keep), torch.float16)
 
 
-@pytest.mark.parametrize("kernel", list(KERNELS))
 def test_same_bits_every_time(kernel):
     q, k, v = draw(1, 8, 8, 700, 700, 64, torch.float16)
     keep = torch.rand(1, 1, 700, 700, device="cuda") < 0.4
@@ -171,10 +176,26 @@ def test_same_bits_every_time(kernel):
         assert torch.equal(lse, lse_again)
 
 
+def test_scores_that_grow_from_tile_to_tile(kernel):
+    for dim in (64, 128):
+        q, k, v = draw(1, 2, 2, 200, 900, dim, torch.float16)
+        k = k * torch.linspace(0.05, 25, 900, device="cuda").half()[:, None]
+        keep = torch.rand(1, 1, 200, 900, device="cuda") < 0.5
+        keep[..., :300] = False  # rows meet their first key late
+        assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
+def test_many_more_items_than_the_device_holds(kernel):
+    q, k, v = draw(40, 8, 8, 700, 700, 64, torch.float16)
+    keep = (torch.rand(1, 1, 700, 700, device="cuda") < 0.02) | torch.eye(700, dtype=torch.bool, device="cuda")
+    keep[..., :40, :] = True
+    assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
 def test_scores_that_overflow_half_and_large_values():
     q, k, v = draw(1, 2, 2, 130, 130, 64, torch.float16)
     keep = torch.rand(1, 1, 130, 130, device="cuda") < 0.5
-    for kernel in KERNELS:
+    for kernel in filter(lambda name: exists(name, 64), KERNELS):
         assert_right(
             attend(q * 60, k * 60, v * 60, keep, kernel), reference(q * 60, k * 60, v * 60, keep), torch.float16
         )

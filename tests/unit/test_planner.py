@@ -69,7 +69,7 @@ def test_shapes_that_are_not_built_for_a_head_dim_are_not_feasible():
     wide = [c for c in planner.candidates(card) if planner.infeasible(c, card, problem(head_dim=256)) is None]
     assert {c.kernel for c in wide} == {planner.ROW_WISE, planner.BLOCK_WISE}
     split = next(c for c in planner.candidates(card) if c.id.endswith("split"))
-    assert "built for head dims up to 128, here 256" in planner.infeasible(split, card, problem(head_dim=256))
+    assert "is for head dims up to 128, here 256" in planner.infeasible(split, card, problem(head_dim=256))
 
 
 def test_explain_names_kernel_time_and_reasons():

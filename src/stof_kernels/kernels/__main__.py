@@ -35,7 +35,7 @@ def compile_target(target: str) -> int:
     start = time.monotonic()
     build(target, progress=lambda line: print(line, flush=True), force=True)
     kernels = report(build_log(target).read_text(encoding="utf-8"))
-    attention = [k for k in kernels if "block_wise" in k[0] or "row_wise" in k[0]]
+    attention = [k for k in kernels if re.search("block_wise|row_wise|hopper", k[0])]
     spilling = [k for k in attention if k[3]]
     for name, arch, registers, spilled in spilling:
         print(f"{target}: {name} ({arch}) spills {spilled} bytes with {registers} registers")

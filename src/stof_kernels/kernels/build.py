@@ -135,6 +135,7 @@ def _cuda(architecture: str, code: tuple[str, ...]) -> Target:
         link_flags=("-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-ltorch"),
         units=(
             *(Unit(source, Path(source).stem) for source in (*_CUDA_SOURCES, *_CUDA_BINDINGS)),
+            *((Unit("attention/cuda/hopper_maps.cu", "hopper_maps"),) if architecture == "sm_90a" else ()),
             *(Unit(f"generated/{name}", Path(name).stem) for name in sources()),
         ),
         sources=("attention/cuda", "format/cuda", "bindings/check.h", "bindings/cuda_common.h", *_CUDA_BINDINGS),

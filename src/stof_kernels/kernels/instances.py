@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SHAPES = ("wide", "tall", "large", "split")
+SHAPES = ("wide", "tall", "large", "split", "hopper", "hopper_pair")
 """Names in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h; plan[3] is the index plus one."""
 
 _TYPES = {"fp16": "__half", "bf16": "__nv_bfloat16"}
@@ -70,6 +70,55 @@ class Instance:
         return "\n".join([*lines, ""])
 
 
+@dataclass(frozen=True)
+class HopperTile:
+    """Template arguments of one instantiation of the Hopper kernel: ``sets`` of ``share`` warpgroups, each set with a ring of
+    ``slots`` tiles of keys or values; ``registers`` of a thread that multiplies."""
+
+    shape: str
+    dim: int
+    sets: int
+    share: int
+    slots: int
+    registers: int
+
+    @property
+    def q_tile(self) -> int:
+        """Query rows of a work item."""
+        return self.share * 64
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: queries, ring and bitmaps of each set, then barriers, and what alignment may take."""
+        row = -(-self.dim // 64) * 128
+        one = self.q_tile * row + self.slots * (64 * row + self.q_tile * 8)
+        return self.sets * -(-one // 1024) * 1024 + 1536 + 1024
+
+
+@dataclass(frozen=True)
+class HopperInstance:
+    """One translation unit of the Hopper kernel. It takes no bias: where there is one, another shape runs."""
+
+    tile: HopperTile
+    dtype: str
+    biases: tuple[bool, ...] = (False,)
+
+    @property
+    def name(self) -> str:
+        """Stem of the source and of its function."""
+        return f"{self.tile.shape}_d{self.tile.dim}_{self.dtype}"
+
+    def function(self, bias: bool) -> str:
+        """Launcher; there is one."""
+        return self.name
+
+    def source(self) -> str:
+        """Text of the translation unit."""
+        t = self.tile
+        arguments = (self.name, _TYPES[self.dtype], t.dim, t.sets, t.share, t.slots, t.registers)
+        return f'#include "attention/cuda/hopper_run.cuh"\n\nSTOF_HOPPER({", ".join(map(str, arguments))})\n'
+
+
 _TILES = (
     Tile("wide", 32, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=4),
     Tile("wide", 64, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=4),
@@ -85,6 +134,13 @@ _TILES = (
 )
 
 
+_HOPPER_TILES = (
+    HopperTile("hopper", 64, sets=3, share=1, slots=7, registers=152),
+    HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224),
+    HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
+)
+
+
 def _for_target(tile: Tile, target: str) -> Tile:
     # A block gets 227 KiB on sm_90a and 99 on sm_89; sm_80's library also runs where there are 99. What does not fit there
     # loads half a tile at a time, in more stages.
@@ -92,19 +148,22 @@ def _for_target(tile: Tile, target: str) -> Tile:
     return replace(tile, keys=tile.keys // 2, stages=tile.stages + 1) if tile.shared_bytes > limit else tile
 
 
-def instances(target: str, main_only: bool = False) -> tuple[Instance, ...]:
+def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperInstance, ...]:
     """Translation units of ``target`` (sm_80, sm_89, sm_90a); ``main_only``: head dims 64 and 128 in fp16."""
-    found = []
+    found: list[Instance | HopperInstance] = []
     for tile in _TILES:
         for dtype in _TYPES:
             if main_only and (dtype != "fp16" or tile.dim not in (64, 128)):
                 continue
             biases = (False,) if tile.shape == "split" else (False, True)
             found.append(Instance(_for_target(tile, target), dtype, biases))
+    if target == "sm_90a":
+        dtypes = ("fp16",) if main_only else tuple(_TYPES)
+        found += [HopperInstance(tile, dtype) for tile in _HOPPER_TILES for dtype in dtypes]
     return tuple(found)
 
 
-def table_source(units: tuple[Instance, ...]) -> str:
+def table_source(units: tuple[Instance | HopperInstance, ...]) -> str:
     """Text of the table of all launchers, compiled once per library."""
     entries = [(unit, bias) for unit in units for bias in unit.biases]
     lines = ['#include "attention/cuda/problem.h"', "", "namespace stof::cuda {", ""]
@@ -116,7 +175,7 @@ def table_source(units: tuple[Instance, ...]) -> str:
     for unit, bias in entries:
         flags = f"{str(unit.dtype == 'bf16').lower()}, {str(bias).lower()}"
         lines.append(
-            f"    {{Shape::k{unit.tile.shape.capitalize()}, {unit.tile.dim}, {flags}, &{unit.function(bias)}}},"
+            f"    {{Shape::k{unit.tile.shape.title().replace('_', '')}, {unit.tile.dim}, {flags}, &{unit.function(bias)}}},"
         )
     lines += ["};", f"const int kBlockWiseEntries = {len(entries)};", "", "}  // namespace stof::cuda", ""]
     return "\n".join(lines)

@@ -9,8 +9,10 @@ from .problem import AttentionProblem
 
 ROW_WISE, BLOCK_WISE = "row_wise", "block_wise"
 _CODES = {ROW_WISE: 0, BLOCK_WISE: 1}
-SHAPES = ("wide", "tall", "large", "split")
+SHAPES = ("wide", "tall", "large", "split", "hopper", "hopper_pair")
 """Arrangements of the CUDA block-wise kernel, in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h."""
+HOPPER = ("hopper", "hopper_pair")
+"""Those that need Hopper's own instructions."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,24 @@ _CUDA_CANDIDATES = (
     KernelConfig(BLOCK_WISE, 64, -1, 4),
     KernelConfig(ROW_WISE, 1, 0),
 )
+# The large shape was the best in none of 200 cells there.
+_HOPPER_CANDIDATES = (
+    KernelConfig(BLOCK_WISE, 64, -1, 5),
+    KernelConfig(BLOCK_WISE, 128, -1, 6),
+    KernelConfig(BLOCK_WISE, 64, -1, 1),
+    KernelConfig(BLOCK_WISE, 64, -1, 4),
+    KernelConfig(ROW_WISE, 1, 0),
+)
 _MOST_LAYOUT_KEYS = 1 << 20
-# Padded head dimensions that a shape is built for; the others serve all.
-_SHAPE_DIMS = {3: (32, 64, 96, 128), 4: (32, 64, 96, 128)}
+# Padded head dimensions that a shape is for; the others serve all.
+_SHAPE_DIMS = {3: (32, 64, 96, 128), 4: (32, 64, 96, 128), 5: (32, 64, 96, 128), 6: (96, 128)}
 
 
 def candidates(device: DeviceSpec) -> tuple[KernelConfig, ...]:
     """Every configuration that kernels exist for on this kind of device, the default first."""
-    return _CPU_CANDIDATES if device.kind == "cpu" else _CUDA_CANDIDATES
+    if device.kind == "cpu":
+        return _CPU_CANDIDATES
+    return _HOPPER_CANDIDATES if device.arch == "sm_90a" else _CUDA_CANDIDATES
 
 
 def infeasible(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem) -> str | None:
@@ -70,5 +82,6 @@ def infeasible(config: KernelConfig, device: DeviceSpec, problem: AttentionProbl
         return f"its layout takes at most {_MOST_LAYOUT_KEYS} keys, here {problem.kv_len}"
     dims = _SHAPE_DIMS.get(config.shape)
     if dims and problem.head_dim_padded not in dims:
-        return f"{SHAPES[config.shape - 1]} is built for head dims up to {dims[-1]}, here {problem.head_dim}"
+        least = f"from {dims[0] - 31} " if dims[0] > 32 else ""
+        return f"{SHAPES[config.shape - 1]} is for head dims {least}up to {dims[-1]}, here {problem.head_dim}"
     return None

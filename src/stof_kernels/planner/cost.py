@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import ROW_WISE, SHAPES, KernelConfig
+from .config import HOPPER, ROW_WISE, SHAPES, KernelConfig
 from .device import CPU_COSTS, CUDA_BLOCK_COSTS, CUDA_ROW_COSTS, CpuCosts, DeviceSpec
 from .problem import CELL, AttentionProblem
 
@@ -39,14 +39,18 @@ def _block_wise_ns(costs: CpuCosts, problem: AttentionProblem) -> float:
 def _cuda_us(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem) -> float:
     if config.kernel == ROW_WISE:
         return _cuda_row_wise_us(device, problem)
-    costs, stats = CUDA_BLOCK_COSTS[SHAPES[config.shape - 1]], problem.mask.tiled(config.q_tile)
-    width = problem.head_dim_padded / 64
+    shape, stats = SHAPES[config.shape - 1], problem.mask.tiled(config.q_tile)
+    costs, width = CUDA_BLOCK_COSTS[shape], problem.head_dim_padded / 64
+    if shape in HOPPER:
+        width = 1.0 if width <= 1 else 2.0  # its rows are whole blocks of 64 dims
     tiles = stats.key_tiles * problem.repeats
     items = -(-problem.q_len // config.q_tile) * problem.mask.planes * problem.repeats
     chunk = _fair_chunk(tiles, items, device.units * _BLOCKS_PER_UNIT)
     us = costs.launch + tiles / device.units * (costs.tile + costs.tile_dim * width)
     us += items / device.units * (costs.item + costs.item_dim * width)
-    us += min(stats.longest, chunk) * (costs.chain + costs.chain_dim * width)
+    kept_of_a_row = problem.mask.kept / max(1, stats.key_tiles * config.q_tile)
+    chain = costs.chain + costs.chain_dim * width + costs.thin * math.exp(-kept_of_a_row)
+    us += min(stats.longest, chunk) * chain
     return us + (costs.combine if stats.longest > chunk else 0.0)
 
 

@@ -46,6 +46,9 @@ class CudaBlockCosts:
     """One key tile of the longest list, which is worked through one after the other however empty the device is."""
     combine: float
     """Joining lists that were cut and shared between thread blocks."""
+    thin: float = 0.0
+    """Extra of one key tile of the longest list where rows keep next to nothing of a tile: the Hopper kernel takes a slower
+    path whenever a row meets its first key."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,14 @@ CPU_COSTS = {
     ),
 }
 
-# Fitted to 765 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.76 and 1.18 of measured. Other
+# Fitted to 1163 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.75 and 1.25 of measured. Other
 # cards are sized by their multiprocessors; the ratios between the kernels are assumed to carry over until one is measured.
 CUDA_BLOCK_COSTS = {
-    "wide": CudaBlockCosts(2.679, 0.009, 0.431, 0.0, 0.565, 0.349, 0.249, 0.0),
-    "large": CudaBlockCosts(3.534, 0.045, 0.879, 0.700, 0.433, 0.591, 0.255, 0.0),
-    "split": CudaBlockCosts(3.214, 0.257, 0.300, 1.545, 0.897, 0.0, 0.123, 3.330),
+    "wide": CudaBlockCosts(2.733, 0.0, 0.446, 0.0, 0.358, 0.280, 0.386, 0.942),
+    "large": CudaBlockCosts(3.392, 0.0, 0.870, 0.0, 0.766, 0.584, 0.477, 0.651),
+    "split": CudaBlockCosts(3.373, 0.206, 0.284, 0.166, 1.936, 0.106, 0.153, 5.132),
+    "hopper": CudaBlockCosts(3.620, 0.057, 0.196, 0.0, 0.570, 0.171, 0.124, 2.639, 0.718),
+    "hopper_pair": CudaBlockCosts(5.365, 0.0, 0.397, 0.0, 1.274, 0.0, 0.185, 4.689, 0.718),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)
 

@@ -112,8 +112,8 @@ Plan plan_of(const Tensor& plan, int64_t bits_width) {
   STD_TORCH_CHECK((chosen.kernel == 0) == (bits_width == kCell), "sparse_attention: plan[0] is ", word[0],
                   ", but the lists are the layout of ", bits_width == kCell ? "row_wise" : "block_wise");
   chosen.shape = word[3] >= 1 ? word[3] - 1 : -1;
-  STD_TORCH_CHECK(word[3] >= -1 && word[3] <= 4, "sparse_attention: plan[3] is ", word[3],
-                  ", it must be 1 to 4 (a shape of block_wise), 0 or -1 (default)");
+  STD_TORCH_CHECK(word[3] >= -1 && word[3] <= kShapes, "sparse_attention: plan[3] is ", word[3],
+                  ", it must be 1 to ", kShapes, " (a shape of block_wise), 0 or -1 (default)");
   if (plan.size(0) == 8) chosen.items = word[4], chosen.parts = word[5], chosen.combines = word[6], chosen.longest = word[7];
   return chosen;
 }
@@ -223,21 +223,25 @@ Call checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pt
 
 void run_block_wise(const Call& call, const Problem& p, cudaStream_t stream) {
   BlockLayout layout = call.layout;
-  std::optional<Tensor> workspace;
-  if (call.part_rows > 0) {
-    const int64_t width = p.head_dim + 2;  // sums, then maximum and sum of each row
-    workspace = new_on_cuda(call.device, {call.part_rows * width}, {1}, aoti_torch_dtype_float32());
-    layout.part_out = data_of<float>(*workspace);
-    layout.part_stat = reinterpret_cast<float2*>(layout.part_out + call.part_rows * p.head_dim);
-  }
   const int64_t wanted = call.plan.shape;
   Shape chosen = wanted >= 0 ? static_cast<Shape>(wanted)
                              : default_shape(p, layout, call.plan.longest, call.multiprocessors);
   const bool biased = p.bias.data != nullptr;
   if (!has_shape(chosen, p.head_dim, biased)) chosen = layout.q_tile == 128 ? Shape::kLarge : Shape::kWide;
-  STD_TORCH_CHECK((chosen == Shape::kLarge) == (layout.q_tile == 128) && has_shape(chosen, p.head_dim, biased),
+  STD_TORCH_CHECK(query_tile(chosen) == layout.q_tile && has_shape(chosen, p.head_dim, biased),
                   "sparse_attention: no block_wise kernel for query tile ", layout.q_tile, ", head dim ", p.head_dim,
                   " and plan[3] = ", wanted + 1);
+  // Blocks that stay count the items they take, unless there are only a few for each.
+  constexpr int64_t kDealt = 8;  // items a multiprocessor
+  const bool counts = stays(chosen) && int64_t{layout.item_limit} * layout.copies > kDealt * call.multiprocessors;
+  const int64_t width = p.head_dim + 2;  // of a partial row: sums, then maximum and sum
+  std::optional<Tensor> workspace;
+  if (call.part_rows > 0 || counts) {
+    workspace = new_on_cuda(call.device, {call.part_rows * width + 1}, {1}, aoti_torch_dtype_float32());
+    layout.part_out = data_of<float>(*workspace);
+    layout.part_stat = reinterpret_cast<float2*>(layout.part_out + call.part_rows * p.head_dim);
+    layout.next_unit = counts ? reinterpret_cast<int*>(layout.part_out + call.part_rows * width) : nullptr;
+  }
   check_launch(kOp, launch_block_wise(p, layout, chosen, stream));
   if (layout.combine_limit > 0) check_launch(kOp, launch_combine(p, layout, stream));
 }

@@ -185,22 +185,6 @@ __device__ __forceinline__ void BlockWise<C>::write_part(int part, int copy) {
     }
 }
 
-struct Assignment {
-  int item, copy;
-};
-
-// What block `block` works on. Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies
-// come first.
-__device__ __forceinline__ Assignment assignment_of(const BlockLayout& layout, int block) {
-  const int group = layout.group_blocks.quotient(block);
-  const int index = block - group * static_cast<int>(layout.group_blocks.divisor);
-  const int first_copy = group * static_cast<int>(layout.group_copies.divisor);
-  const bool last = first_copy + static_cast<int>(layout.group_copies.divisor) >= layout.copies;
-  const int item = last ? layout.last_copies.quotient(index) : layout.group_copies.quotient(index);
-  const int side = static_cast<int>(last ? layout.last_copies.divisor : layout.group_copies.divisor);
-  return {item, first_copy + index - item * side};
-}
-
 template <class C, int kMinBlocks>
 __global__ void __launch_bounds__(C::kThreads* C::kGroups, kMinBlocks)
     block_wise_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout) {

@@ -27,6 +27,22 @@ __device__ __forceinline__ int64_t lse_index(const Problem& p, const Instance& a
   return (static_cast<int64_t>(at.batch) * p.q_heads + at.head) * p.q_len + row;
 }
 
+struct Assignment {
+  int item, copy;
+};
+
+// What block `block` works on. Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies
+// come first.
+__device__ __forceinline__ Assignment assignment_of(const BlockLayout& layout, int block) {
+  const int group = layout.group_blocks.quotient(block);
+  const int index = block - group * static_cast<int>(layout.group_blocks.divisor);
+  const int first_copy = group * static_cast<int>(layout.group_copies.divisor);
+  const bool last = first_copy + static_cast<int>(layout.group_copies.divisor) >= layout.copies;
+  const int item = last ? layout.last_copies.quotient(index) : layout.group_copies.quotient(index);
+  const int side = static_cast<int>(last ? layout.last_copies.divisor : layout.group_copies.divisor);
+  return {item, first_copy + index - item * side};
+}
+
 // Bias of one position in log2 units.
 template <typename T>
 __device__ __forceinline__ float bias_log2(const BiasView& bias, int64_t offset) {

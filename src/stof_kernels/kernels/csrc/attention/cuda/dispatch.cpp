@@ -24,7 +24,11 @@ cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout,
   const BlockWiseEntry* entry = find_entry(shape, problem.head_dim, problem.is_bf16, problem.bias.data != nullptr);
   if (entry == nullptr) return cudaErrorInvalidDeviceFunction;
   if (layout.item_limit == 0) return cudaSuccess;
-  return entry->launch(problem, layout, stream);
+  const cudaError_t error = entry->launch(problem, layout, stream);
+  if (error != cudaErrorNotSupported) return error;
+  // Tensor maps cannot describe these tensors: the kernel that copies by itself can read them.
+  entry = find_entry(query_tile(shape) == 128 ? Shape::kLarge : Shape::kWide, problem.head_dim, problem.is_bf16, false);
+  return entry == nullptr ? cudaErrorInvalidDeviceFunction : entry->launch(problem, layout, stream);
 }
 
 }  // namespace stof::cuda

@@ -76,6 +76,7 @@ struct BlockLayout {
   int copies;            // (batch, head) pairs that share one mask plane
   // Copies go in groups whose keys fit in L2; blocks of a whole group, copies of a whole and of the last group.
   FastDivisor group_blocks, group_copies, last_copies;
+  int* next_unit;        // where blocks that stay count the items they take; null: items are dealt
   float* part_out;       // (parts * copies, q_tile, head_dim)
   float2* part_stat;     // (parts * copies, q_tile): row maximum in log2 units, row sum
 };
@@ -93,11 +94,21 @@ enum class Shape : int {
   kTall = 1,    // 64 query rows, 2 warps of 32: half the shared-memory reads per product
   kLarge = 2,   // 128 query rows
   kSplit = 3,   // 64 query rows, key tiles dealt to groups of 4 warps: short launches
+  kHopper = 4,  // sm_90a: 64 query rows a warpgroup, each with an item of its own; its blocks stay
+  kHopperPair = 5,  // sm_90a: 128 query rows, two warpgroups that share the keys; its blocks stay
 };
 
 cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
 cudaError_t launch_combine(const Problem& problem, const BlockLayout& layout, cudaStream_t stream);
 cudaError_t launch_row_wise(const Problem& problem, const CellLists& lists, cudaStream_t stream);
+constexpr int kShapes = 6;
+
+// Whether blocks of that shape stay and take one item after the other.
+constexpr bool stays(Shape shape) { return shape >= Shape::kHopper; }
+
+// Query rows of an item of that shape.
+constexpr int query_tile(Shape shape) { return shape == Shape::kLarge || shape == Shape::kHopperPair ? 128 : 64; }
+
 // Whether some instantiation of the shape serves this head dim; every head dim has kWide.
 bool has_shape(Shape shape, int head_dim, bool has_bias);
 

@@ -66,6 +66,7 @@ struct Element;
 
 template <>
 struct Element<__half> {
+  static constexpr bool kIsHalf = true;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
@@ -86,6 +87,7 @@ struct Element<__half> {
 
 template <>
 struct Element<__nv_bfloat16> {
+  static constexpr bool kIsHalf = false;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
