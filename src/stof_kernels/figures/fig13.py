@@ -145,13 +145,18 @@ def _draw(ax: Axes, stacks: Sequence[_Stack], parts: Sequence[str]) -> None:
             ax.bar(x, share, 0.62, bottom=bottom, **_paint(part))
             bottom += share
         ax.annotate(
-            f"{bottom:.2f} %", (x, bottom), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6.3
+            f"{_digits(bottom)} %", (x, bottom), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=6.3
         )
         highest = max(highest, bottom)
     ax.set_ylim(0, highest * 1.1)
     ax.set_xlim(xs[0] - 0.65, xs[-1] + 0.65)
     ax.set_ylabel("share of tuning time (%)")
     bars.labels(ax, xs, slots)
+
+
+def _digits(percent: float) -> str:
+    """Two decimals, or two digits of what is smaller than they show."""
+    return f"{percent:.2f}" if percent >= 0.1 else f"{percent:.2g}"
 
 
 def _caption(page: GpuPage, rows: Sequence[Measurement], stacks: Sequence[_Stack], parts: Sequence[str]) -> list[str]:

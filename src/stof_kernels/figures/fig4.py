@@ -18,6 +18,8 @@ _PAIR = motivation.Pair(
     line="The fused operator with its parts' individually best parameters = 1.",
     remark="GEMM + LayerNorm: K = 4 × hidden, N = hidden; GEMM + GEMM: hidden to 4 × hidden to hidden. "
     "The paper's axis ends at 3; here nothing is cut off.",
+    measured="The best fused kernel found, with the parameters found for it and with those of the slower operator alone. "
+    "Each was checked against float32 before it was timed; the table names them. GEMM + LayerNorm: 4 × hidden to hidden.",
 )
 
 

@@ -26,7 +26,7 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Pair:
-    """The two methods of a figure, and its words."""
+    """The two methods of a figure, and its words: ``remark`` for published rows, ``measured`` for our own."""
 
     figure: str
     heading: str
@@ -35,6 +35,7 @@ class Pair:
     question: str
     line: str
     remark: str
+    measured: str
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,14 @@ def _lines(pair: Pair, page: GpuPage, panel: _Panel) -> list[dict[str, object]]:
     ):
         where = {"operator": panel.operator, "group": f"G{i}", "batch": batch, "seq_len": seq_len, "hidden": hidden}
         line = cells.table_line(pair.figure, b, page.name, base, **where)
-        remark = _remark(base)
+        remark = base.note if base and base.source == "measured" else _remark(base)
         lines.append(line | {"note": f"{line['note']}; {pair.baseline}: {remark}" if remark else line["note"]})
     return lines
 
 
 def _remark(row: Measurement | None) -> str:
-    """What is peculiar to this row."""
-    parts = row.note.split("; ") if row else []
+    """What is peculiar to this row; notes of our own rows name kernels, which the table lists."""
+    parts = row.note.split("; ") if row and row.source != "measured" else []
     return "; ".join(part for part in parts if part and not part.startswith(_COMMON_NOTES))
 
 
@@ -169,11 +170,16 @@ def _caption(
                 f"{OPERATORS.get(panel.operator, panel.operator)} G{i}: {text.replace('_', ' ')}" for text in found
             ]
     paragraphs = [
-        f"{pair.line} Above it is faster. Sizes G1 to G8 are batch, sequence length and hidden size. "
+        f"{pair.line} Above it is faster. Sizes {_groups(panels)} are batch, sequence length and hidden size. "
         + captions.metric(metric, published),
         cells.footnotes([b for panel in panels for b in panel.bars], lambda m: m.replace("_", " ")),
         f"* {'; '.join(stars)}." if stars else "",
-        pair.remark if published else "",
+        pair.remark if published else pair.measured,
         captions.source(page, rows),
     ]
     return [p for p in paragraphs if p]
+
+
+def _groups(panels: Sequence[_Panel]) -> str:
+    most = max(len(panel.sizes) for panel in panels)
+    return f"G1 to G{most}" if most > 1 else "(G1)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from .style import METHODS, MODELS, in_order, look, mask_label
 
 _BASELINE = "torch_native"
 _COLUMNS = cells.speedup_columns("mask", "model", "batch", "seq_len")
+
+_MEASURED = (
+    "Every output was compared with the same weights in float32 before it was timed. On a GPU a call is captured into a CUDA "
+    "graph, or timed as it is where it replays one of its own or cannot be captured (the table's notes say which)."
+)
 
 Place = tuple[str, int, int]
 
@@ -111,11 +117,25 @@ def _caption(
         f"Models in groups of one batch size and sequence length; attention mask: {', '.join(masks) or 'not recorded'}. "
         + captions.metric("latency", published),
         cells.footnotes(all_bars, lambda m: look(m).label),
+        _without_bar(rows, methods),
         captions.stale(page, methods),
         captions.rewritten_note(rows, methods),
     ]
     if published:
         paragraphs.append(f"{captions.LABEL_EXCHANGE} {panel.remark}".strip())
+    else:
+        paragraphs.append(_MEASURED)
+    images = sorted({row.kv_len for row in rows if row.model == "vit" and row.kv_len})
     if any(row.model == "vit" for row in rows) and published:
         paragraphs.append(captions.VIT)
+    elif images:
+        paragraphs.append(f"ViT: the largest square image of at most that many tokens, {', '.join(map(str, images))}.")
     return [p for p in paragraphs if p] + [captions.source(page, rows)]
+
+
+def _without_bar(rows: Sequence[Measurement], drawn: Sequence[str]) -> str:
+    """Methods that have rows and no time anywhere, with the reasons."""
+    missing = in_order({row.method for row in rows} - {_BASELINE, *drawn}, METHODS)
+    bars_of = [cells.bar(row, None, row.method) for method in missing for row in rows if row.method == method]
+    text = cells.footnotes([b for b in bars_of if b.status != "no_baseline"], lambda m: look(m).label)
+    return re.sub(r"\b\w = ", "", text.replace("In place of a bar", "No bar"))  # there is no letter without a bar
