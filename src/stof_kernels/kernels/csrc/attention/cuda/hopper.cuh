@@ -123,11 +123,10 @@ class HopperProducer {
     const int items = layout.exact ? layout.item_limit : __ldg(layout.header);
     // Items come longest first. The first is dealt; what follows goes to whoever is ready, or, where nothing counts, backwards
     // and forwards in turn, so that no set gets the longest of each round.
-    const int units = layout.item_limit * layout.copies, sets = C::kSets * gridDim.x;
+    const int units = items * layout.copies, sets = C::kSets * gridDim.x;
     int unit = set * gridDim.x + blockIdx.x;
     for (int other = 2 * sets - 1 - unit; unit < units;) {
-      const Assignment mine = assignment_of(layout, unit);
-      if (mine.item < items) bring(mine);
+      bring(assigned(unit, items));
       if (layout.next_unit != nullptr) {
         unit = sets + atomicAdd(layout.next_unit, 1);
       } else {
@@ -148,6 +147,15 @@ class HopperProducer {
   const Control control;
   uint32_t query_parity = 0;
   RingPlace<C::kSlots> place;
+
+  // Copies of the mask go in groups whose keys fit in L2; inside a group the longest items of all its copies come first.
+  __device__ Assignment assigned(int unit, int items) const {
+    const int group_copies = static_cast<int>(layout.group_copies.divisor);
+    const int group = unit / (items * group_copies), index = unit - group * items * group_copies;
+    const int first_copy = group * group_copies, side = min(group_copies, layout.copies - first_copy);
+    const int item = index / side;
+    return {item, first_copy + index - item * side};
+  }
 
   __device__ void bring(const Assignment& mine) {
     const int4* item = reinterpret_cast<const int4*>(layout.items + static_cast<int64_t>(mine.item) * kItemInts);

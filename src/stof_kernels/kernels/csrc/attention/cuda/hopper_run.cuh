@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// Copies in smaller groups than blocks that come and go need: what stays on the device works on few of them at a time, and the
-// keys of those should not leave a multiprocessor's own part of L2.
+// Copies in smaller groups than blocks that come and go need: few of them are worked on at a time, and their keys should stay
+// in one part of L2.
 inline BlockLayout regrouped(const Problem& problem, BlockLayout layout, int sets) {
   constexpr int64_t kCacheBytes = 8 << 20;
   const int64_t copy_bytes = int64_t{4} * problem.kv_len * problem.head_dim + 1;
@@ -67,10 +67,7 @@ inline BlockLayout regrouped(const Problem& problem, BlockLayout layout, int set
   int64_t group = kCacheBytes / copy_bytes;
   if (group < busy) group = busy;
   if (group > layout.copies) group = layout.copies;
-  const int64_t last = layout.copies - (layout.copies - 1) / group * group;
-  layout.group_blocks = FastDivisor(static_cast<uint32_t>(layout.item_limit * group));
   layout.group_copies = FastDivisor(static_cast<uint32_t>(group));
-  layout.last_copies = FastDivisor(static_cast<uint32_t>(last));
   return layout;
 }
 
