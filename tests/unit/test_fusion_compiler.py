@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from stof_kernels.fusion.templates import compile_worker, library
 from stof_kernels.fusion.templates.compiler import CompilerPool
-from stof_kernels.fusion.templates.library import Launch, path_of
+from stof_kernels.fusion.templates.library import Launch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -34,9 +36,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("STOF_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton_cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    path_of.cache_clear()
-    yield tmp_path
-    path_of.cache_clear()
+    return tmp_path
 
 
 def launch(source=SOURCE, monkeypatch=None):
@@ -84,6 +84,16 @@ def test_a_process_that_dies_costs_only_the_time(monkeypatch):
         worker.kill()
         worker.wait()
     assert pool.submit(launch(monkeypatch=monkeypatch).task).result(timeout=20) is None
+    pool.close()
+
+
+def test_a_compiler_that_does_not_end_is_not_waited_for():
+    pool = CompilerPool(processes=0)
+    never, answered = Future(), Future()
+    pool._began[never] = time.perf_counter()
+    answered.set_result("reason")
+    assert pool.wait(answered, 9.0) == "reason"
+    assert pool.wait(never, 0.05) == "its compiler was not done after 0.05 s"
     pool.close()
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from stof_kernels.fusion import blocks, cache, costs, graph
+from stof_kernels.fusion import blocks, cache, costs, graph, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.costs import Clock, OutOfTime
 from stof_kernels.fusion.graph import Kind
@@ -112,11 +112,13 @@ class Table:
 
     def __init__(self, table, noise=None, limit=math.inf):
         self.table, self.asked, self.noise, self.limit = table, [], noise, limit
+        self.named = []
 
     def cost(self, segment, template, setting):
         if len(self.asked) >= self.limit:
             raise OutOfTime
         self.asked.append((segment.key, template, setting))
+        self.named.append((str(segment), template, setting))
         base = self.table.get(str(segment), 10.0 * len(segment.ops))
         return base if self.noise is None else base + self.noise(template, setting)
 
@@ -179,6 +181,36 @@ def test_the_second_stage_tries_everything_that_is_left(stack):
     if any(t != "eager" and t != "inductor" for _, t, _ in table.asked):  # Triton is there
         assert plan.counts["rounds"] > 1
         assert any(dict(c.setting).get("BM") == 32 for c in plan.blocks[0].choices)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """The search as it goes on CUDA, where Inductor has to be worth its seconds."""
+    monkeypatch.setattr(segments.Segment, "device", property(lambda self: torch.device("cuda")))
+
+
+def test_on_cuda_inductor_is_asked_where_it_is_worth_it(stack, as_on_cuda):
+    single = {"linear": 100.0, "relu": 30.0, "add": 1.0, "layer_norm": 20.0}
+    # Fused segments cost what their operators cost apart, but for one.
+    runs = [list(single)[i:j] for i in range(4) for j in range(i + 1, 5)]
+    prices = {" + ".join(names): sum(single[n] for n in names) for names in (*runs, ["relu", "linear"])}
+    prices |= {
+        "linear + relu": 105.0,
+        "linear + relu + linear": 230.0,
+        "linear + add": 101.0,
+        "relu + linear + add": 131.0,
+    }
+    prices |= {"linear + add + layer_norm": 121.0, "relu + linear + add + layer_norm": 151.0}
+    prices |= {"linear + relu + linear + add": 231.0, "linear + relu + linear + add + layer_norm": 251.0}
+    table = Table(prices, noise=lambda template, setting: -8.0 if template == "inductor" else 0.0)
+    plan, _ = run(stack, table, templates=("inductor",))
+    asked = {(str(k), template) for k, template, _ in table.named}
+    assert ("relu", "inductor") in asked
+    assert ("add", "inductor") not in asked  # less than 3 % of a layer
+    assert ("linear", "inductor") not in asked  # nothing to fuse
+    # Several operators that only eager could run are not measured: they cost what they cost apart.
+    assert not any("+" in name and template == "eager" and (name, "inductor") not in asked for name, template in asked)
+    assert plan.blocks[0].cost_us < 3 * 215
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 5])

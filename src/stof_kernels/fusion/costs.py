@@ -23,6 +23,7 @@ from .templates.compiler import CompilerPool
 _WARMUP, _SAMPLES, _SLICE_S = 1, 15, 0.05
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _FIRST_COMPILE_S = 12.0  # Inductor's first segment in a process also starts its compiler
+_KERNEL_S = 4.0  # a kernel of usual size compiles in a fraction of a second; what takes longer spills registers
 _INDUCTOR_SHARE = (
     0.4  # of a budget on CUDA, where a segment takes Inductor seconds and Triton's templates a fraction of one
 )
@@ -140,7 +141,7 @@ class DeviceMeter:
         if self._pool is not None:
             for launch in getattr(run, "launches", ()):
                 with self._clock.on("waiting"):
-                    reason = self._pool.submit(launch.task, rank=-1.0).result()
+                    reason = self._pool.wait(self._pool.submit(launch.task, rank=-1.0), _KERNEL_S)
                 if reason is not None:
                     raise RuntimeError(reason)
         produced = run(*inputs)

@@ -163,15 +163,25 @@ class Search:
             decoded = FusionScheme.decode(word, scheme.operators)
         self.counts["schemes"] += 1
         total = 0.0
-        for segment in self._segments(i, decoded):
+        segments = self._segments(i, decoded)
+        for segment in segments:
             space = self._space(segment)
             if space.late and not space.covered and self._worth(space, self._apart(i, segment)):
                 self._admit(space)
+        if any(self._pointless(segment) for segment in segments):
+            return math.inf
+        for segment in segments:
+            space = self._space(segment)
             missing = self._samples(segment) - self._tried(space)
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
             total += space.best.cost_us if space.best else math.inf
         return total
+
+    def _pointless(self, segment: Segment) -> bool:
+        """Whether several operators could only run one by one: on CUDA, where that costs what they cost apart."""
+        alone = self._sizes[self._space(segment).segment.key] == 1
+        return len(segment.ops) > 1 and alone and segment.device.type == "cuda"
 
     def _apart(self, i: int, segment: Segment) -> float:
         """Microseconds of a segment's operators one by one over all layers, as far as they have been measured."""
@@ -213,7 +223,8 @@ class Search:
 
     def _worth(self, space: Space, cost: float) -> bool:
         """Whether late candidates of a segment are worth seconds of a compiler: its part of the time is large enough."""
-        return (self.settings.thorough or not space.covered) and cost >= _LATE_SHARE * sum(self.unfused.values())
+        large = cost > 0 and cost >= _LATE_SHARE * sum(self.unfused.values())
+        return large and (self.settings.thorough or not space.covered)
 
     def _admit(self, space: Space) -> None:
         self._sizes[space.segment.key] += len(space.late)

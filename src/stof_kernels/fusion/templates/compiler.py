@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -29,6 +30,7 @@ class CompilerPool:
         self._tasks: queue.PriorityQueue = queue.PriorityQueue()
         self._number = itertools.count()
         self._futures: dict[str, Future] = {}
+        self._began: dict[Future, float] = {}
         self._workers = [worker for worker in (_start() for _ in range(count)) if worker is not None]
         self.threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
         for thread in self.threads:
@@ -46,11 +48,23 @@ class CompilerPool:
                 future.set_result(None)
         return future
 
+    def wait(self, future: Future, limit_s: float) -> str | None:
+        """The future's result, or a reason of its own once a process has worked on it for so many seconds."""
+        while True:
+            began = self._began.get(future)
+            left = limit_s if began is None else began + limit_s - time.perf_counter()
+            try:
+                return future.result(timeout=max(0.0, left))
+            except TimeoutError:
+                if future in self._began and time.perf_counter() - self._began[future] >= limit_s:
+                    return f"its compiler was not done after {limit_s:g} s"
+
     def _serve(self, worker: subprocess.Popen) -> None:
         while True:
             _, _, text, future = self._tasks.get()
             if future is None:
                 break
+            self._began[future] = time.perf_counter()
             try:
                 worker.stdin.write(text + "\n")
                 worker.stdin.flush()

@@ -119,11 +119,13 @@ def lead_of(segment: Segment) -> tuple[int, ...]:
 
 
 def whole_rows(rows: int, wide: int, depth: int, count: int) -> list[Setting]:
-    """Settings of a tile that holds whole rows; it cannot be tall."""
-    step = next((s for s in (64, 32, 16) if depth % s == 0), 16)
-    heights = [m for m in (16, 32, 64) if m <= max(16, power_of_two(rows)) and m * wide * count <= 64 * 1024]
-    found = [setting(BM=m, BN=wide, BK=min(step, k), warps=8, stages=s) for m in heights for k, s in ((64, 2), (32, 3))]
-    return list(dict.fromkeys(found)) or [setting(BM=16, BN=wide, BK=16, warps=8, stages=2)]
+    """Settings of a tile that holds whole rows; it cannot be tall, or accumulators spill out of the registers."""
+    found = []
+    for m, step, warps, stages in ((16, 32, 16, 3), (16, 32, 8, 3), (32, 32, 16, 3), (64, 32, 16, 3), (16, 64, 16, 2)):
+        if m <= max(16, power_of_two(rows)) and (m == 16 or m * wide * count <= 32 * 1024):
+            step = next((s for s in (64, 32, 16) if depth % s == 0 and s <= step), 16)
+            found.append(setting(BM=m, BN=wide, BK=step, warps=warps, stages=stages))
+    return list(dict.fromkeys(found))
 
 
 def common_input(products: list[Product]) -> fx.Node:

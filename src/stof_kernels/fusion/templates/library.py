@@ -50,24 +50,27 @@ OVERLAP_FROM = 90
 """Compute capability from which a kernel may start while the one before it ends (programmatic dependent launch)."""
 
 
-@lru_cache(maxsize=4096)
 def path_of(source: str) -> str:
     """The file of a generated kernel."""
+    return _path_in(settings.cache_dir() / "triton", source)
+
+
+@lru_cache(maxsize=4096)
+def _path_in(folder: Path, source: str) -> str:
     helpers = f"{_IMPORTS}{HELPERS}\n"
     name = f"stof_helpers_{_digest(helpers)}"
-    _write(f"{name}.py", helpers)
+    _write(folder / f"{name}.py", helpers)
     text = f"{_IMPORTS}{_HEAD.format(name=name)}\n{source}\n"
-    return str(_write(f"k_{_digest(text)}.py", text))
+    return str(_write(folder / f"k_{_digest(text)}.py", text))
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _write(name: str, text: str) -> Path:
+def _write(path: Path, text: str) -> Path:
     """Write a file once and whole at once, so that writers cannot disturb readers."""
-    folder = settings.cache_dir() / "triton"
-    path = folder / name
+    folder = path.parent
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
