@@ -45,6 +45,30 @@ experiments:
       cpu: [{batch: 1, heads: 2, seq_len: [32], masks: [{family: sliding_window, w: 4}]}]
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  mha_bf16:
+    methods: [stof]
+    sizes:
+      cpu: [{batch: 1, heads: 2, head_dim: 16, seq_len: [32], masks: [causal]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  mha_long:
+    methods: [stof]
+    sizes:
+      cpu: [{batch: 1, heads: 2, head_dim: 16, seq_len: [32], masks: [document]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  mask_build:
+    methods: [stof]
+    sizes:
+      cpu: [{batch: 1, heads: 2, head_dim: 16, seq_len: [32], masks: [bigbird]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  dynamic_mask:
+    methods: [stof]
+    sizes:
+      cpu: [{batch: 1, heads: 2, head_dim: 16, seq_len: [32], masks: [{family: head_blocks, block: 16, fill: 0.5}]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
   end_to_end:
     models: {cpu: [t5]}
     model_size: tiny
@@ -66,8 +90,9 @@ experiments:
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
 """
-"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells, scaling on one;
-a whole model in two layers with no seconds to search in, and a pair of operators with too few to compile."""
+"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells, the other attention
+experiments on one each; a whole model in two layers with no seconds to search in, and a pair of operators with too few to
+compile."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,20 @@ def test_whole_models_and_pairs_are_measured_and_drawn(finished) -> None:
     assert [line for line in drawn if ",t5,1,32,stof,latency,ms," in line]
 
 
+def test_every_attention_experiment_has_a_table(finished) -> None:
+    tables = {
+        name: read_rows(finished.path / "results" / "tables" / f"{name}.csv")
+        for name in ("mha_bf16", "mha_long", "mask_build", "dynamic_mask", "scaling")
+    }
+    assert all({row.status for row in rows} == {"ok"} for rows in tables.values())
+    assert {row.dtype for row in tables["mha_bf16"]} == {"bfloat16"}
+    assert {"from_pattern", "update"} <= {row.operator for row in tables["mask_build"]}
+    assert {row.operator for row in tables["dynamic_mask"]} == {"attention", "build_and_attention"}
+    floors = (finished.path / "results" / "floors.csv").read_text(encoding="utf-8").splitlines()
+    assert {line.split(",")[0] for line in floors[1:]} == {"mha", "mha_bf16", "mha_long", "dynamic_mask"}
+    assert all("no measured rates" in line for line in floors[1:])  # what a CPU can do is not in the table of GPUs
+
+
 def test_second_run_does_nothing(finished) -> None:
     before = contents(finished.path / "results")
     assert "Nothing to be done" in finished.snakemake("--cores", "1", "all", *TINY)
