@@ -335,24 +335,11 @@ def test_pairs_are_checked_and_timed(job):
 def test_a_wrong_pair_is_not_timed(job, monkeypatch):
     measure = motivation.measure
 
-    def wrong(*arguments):
-        found = measure(*arguments)
+    def wrong(*arguments, **options):
+        found = measure(*arguments, **options)
         run = found["detached"].run
         return found | {"detached": replace(found["detached"], run=lambda: [2 * run()[0]])}
 
     monkeypatch.setattr(motivation, "measure", wrong)
     rows, _ = job("detached", PAIRS, "motivation")
     assert {(row.status, row.median) for row in rows} == {("wrong_result", None)}
-
-
-# ---- FlexAttention ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["bert_base", "gpt2", "t5"])
-def test_flex_attention_applies_the_experiments_masks_and_bias(model):
-    """As FlexAttention's own dense reference: it is compiled on a GPU only."""
-    from stof_kernels.baselines.models import flex_attention
-
-    bench = model_subject.subject(ModelProblem(model, 2, 130, "bigbird", "float32", "cpu", seed=3, size="tiny"))
-    want, _ = bench.reference()
-    assert model_subject.relative_error(flex_attention.forward(bench, compiled=False)(), want) < 1e-4

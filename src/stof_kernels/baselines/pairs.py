@@ -1,7 +1,7 @@
 """Pairs of operators around attention, fused or apart, tuned alone or together: the series of Figures 3 and 4.
 
-The four ways are found by one search (``fusion.motivation``); each method is one of them. Figure 3 compares the first two,
-Figure 4 the other two, where a matrix product before a LayerNorm is four times as deep.
+Each method is one of the four ways of ``fusion.motivation``, found by a search of the kernels that it needs. Figure 3 compares
+the first two, Figure 4 the other two, where a matrix product before a LayerNorm is four times as deep.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _prepare(problem: PairProblem, way: str, wide: bool) -> PairReady:
     exact, given = motivation.pair(*place, torch.float32, problem.device, problem.seed, wide)
     reference = exact.graph_module(*given)[0]
     graph, inputs = motivation.pair(*place, getattr(torch, problem.dtype), problem.device, problem.seed, wide)
-    found = motivation.measure(graph, inputs, problem.search_s, problem.candidates, problem.seed)[way]
+    found = motivation.measure(graph, inputs, problem.search_s, problem.candidates, problem.seed, methods=(way,))[way]
     if found.run is None:
         raise Unsupported(found.how)
     run = found.run

@@ -44,6 +44,7 @@ def _measure(problem: ModelProblem, job: Measured) -> list[Measurement]:
         if not error <= allowed:  # also true for nan
             return _wrong(problem, job, error, f"relative error above {allowed:.2g}")
         del want
+        memory = _memory(problem, job, ready.run)  # before the timer's own graph holds some
         arm = _arm(ready.run, ready.own_graphs, problem, job)
         control = device_arm(_control(problem), problem.device, job.budget)
         timing, beside = time_arms([arm, control], job.budget)
@@ -54,7 +55,7 @@ def _measure(problem: ModelProblem, job: Measured) -> list[Measurement]:
         rows = _speed(problem, job, timing, {**checked, "note": note})
         if problem.device == "cuda":
             rows.append(job.row(problem, "host_time", **numbers_of(_host_time(ready.run, timing)), **checked))
-        rows += _memory(problem, job, ready.run)
+        rows += memory
         rows += _tuning(problem, job, ready)
         rows.append(
             job.row(problem, "control_time", **numbers_of(beside), kept=1.0, note="dense attention of one layer")
