@@ -90,9 +90,9 @@ experiments:
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
 """
-"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells, the other attention
-experiments on one each; a whole model in two layers with no seconds to search in, and a pair of operators with too few to
-compile."""
+"""Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells, the other
+attention experiments on one each; a whole model in two layers with no seconds to search in, and a pair of operators with too
+few to compile."""
 
 
 @dataclass(frozen=True)

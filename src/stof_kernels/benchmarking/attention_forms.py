@@ -256,7 +256,8 @@ def _packed(problem: Problem, tensors: Tensors, pattern: Document, run: Packed) 
         out = run(q, k, v, ends, longest, pattern.causal, problem.scale)
         return out.unflatten(0, (problem.batch, problem.q_len)).transpose(1, 2)
 
-    return Prepared(call, pattern, note="native varlen")
+    copied = problem.batch > 1
+    return Prepared(call, pattern, note="native varlen, packed beforehand" if copied else "native varlen")
 
 
 # ---- grouped queries -------------------------------------------------------------------------------------------------
