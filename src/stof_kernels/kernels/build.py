@@ -320,6 +320,8 @@ def _ninja_file(target: str) -> str:
     # Torch's headers name themselves in error messages; the map keeps this machine's folder out of the binary.
     prefix_map = f"{entry.host_option}-ffile-prefix-map={shlex.quote(str(torch))}=torch"
     common = f"-Icsrc -isystem {shlex.quote(str(torch / 'include'))} {prefix_map}"
+    # Past nvcc, which would write the folder into the library.
+    linker = "-Xlinker=" if entry.host_option else ""
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
@@ -328,7 +330,7 @@ def _ninja_file(target: str) -> str:
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = {compiler} $in -o $out -L{shlex.quote(str(torch / 'lib'))} {shlex.join(entry.link_flags)}",
+        f"  command = {compiler} $in -o $out {linker}-L{shlex.quote(str(torch / 'lib'))} {shlex.join(entry.link_flags)}",
         "  description = $out",
     ]
     for unit in entry.units:
