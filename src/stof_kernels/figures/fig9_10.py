@@ -14,7 +14,7 @@ from stof_kernels.benchmarking.measurement import Measurement
 
 from . import FIGURES, GpuPage, bars, captions, cells
 from .layout import Page, empty_page, save
-from .style import MASKS, METHODS, in_order, look, mask_label
+from .style import MASKS, METHODS, in_order, labels_for, look, mask_label
 
 _BASELINE = "torch_native"
 _METRICS = ("device_time", "host_time")  # the first one that a page has rows of is drawn
@@ -31,7 +31,8 @@ def render(rows: Sequence[Measurement], pages: Sequence[GpuPage], pdf: Path, tab
         mine = [row for row in rows if row.gpu == page.name and row.metric in _METRICS]
         metric = next((m for m in _METRICS if any(row.metric == m and row.status == "ok" for row in mine)), _METRICS[0])
         mine = [row for row in mine if row.metric == metric]
-        drawn.append(_page(page, _Data(mine), metric))
+        with labels_for(mine):
+            drawn.append(_page(page, _Data(mine), metric))
         lines += _Data(mine).lines(page)
     save(drawn, pdf, FIGURES["fig9_10"].title)
     cells.write_table(table, _COLUMNS, lines)

@@ -11,7 +11,7 @@ from stof_kernels.benchmarking.measurement import Measurement
 
 from . import FIGURES, GpuPage, bars, captions, cells
 from .layout import Page, empty_page, save
-from .style import METHODS, MODELS, in_order, look, mask_label
+from .style import METHODS, MODELS, in_order, labels_for, look, mask_label
 
 _BASELINE = "torch_native"
 _COLUMNS = cells.speedup_columns("mask", "model", "batch", "seq_len")
@@ -44,7 +44,8 @@ def render(panel: Panel, rows: Sequence[Measurement], pages: Sequence[GpuPage], 
         places = _places(mine)
         methods = in_order({row.method for row in mine} - {_BASELINE}, METHODS)
         table_of = {p: {m: _bar(found, p, m) for m in (_BASELINE, *methods)} for p in places}
-        drawn.append(_page(panel, page, mine, table_of, methods))
+        with labels_for(mine):
+            drawn.append(_page(panel, page, mine, table_of, methods))
         for (model, batch, seq_len), by_method in table_of.items():
             base = found.get(((model, batch, seq_len), _BASELINE))
             mask = next((row.mask for row in mine if row.mask), "")

@@ -6,11 +6,14 @@ lightness too; a grey print is read by lightness and by the order, which is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
 from stof_kernels.baselines import registry
+from stof_kernels.benchmarking.measurement import Measurement
 from stof_kernels.masks import LABELS as MASKS
 
 
@@ -44,12 +47,6 @@ METHODS: dict[str, str] = {
     "stof_mha_only": "#888888",
     "stof": "#000000",
 }
-# Series that only the published ablation has; every other label is the one its method is registered with.
-_LABELS = {
-    "torch_compile_no_mha_boundary": "Compile without MHA boundary",
-    "stof_fusion_only": "STOF, fusion only",
-    "stof_mha_only": "STOF, attention only",
-}
 _SPARE = ("#44AA99", "#DDCC77", "#AA4499", "#117733", "#999933", "#661100")
 
 MODELS = {
@@ -65,15 +62,30 @@ OPERATORS = {"bias_layernorm": "Bias + LayerNorm", "gemm_layernorm": "GEMM + Lay
 FASTER, SLOWER = Look("faster", "#0072B2"), Look("slower", "#E69F00")
 
 
+_REWRITTEN = " (reimpl.)"
+_as_published: ContextVar[bool] = ContextVar("as_published", default=False)
+
+
+@contextmanager
+def labels_for(rows: Iterable[Measurement]) -> Iterator[None]:
+    """Labels of a page of these rows: where the authors published them, nothing was re-implemented here."""
+    token = _as_published.set(any(row.source == "published" for row in rows))
+    try:
+        yield
+    finally:
+        _as_published.reset(token)
+
+
 def look(method: str) -> Look:
     """Label and colour of a method: its registered label, and a spare colour if it has none of its own."""
-    label = _LABELS.get(method) or _registered_labels().get(method, method)
+    label = _registered_labels().get(method, method)
+    label = label.removesuffix(_REWRITTEN) if _as_published.get() else label
     return Look(label, METHODS.get(method) or _SPARE[sum(method.encode()) % len(_SPARE)])
 
 
 @cache
 def _registered_labels() -> dict[str, str]:
-    return {spec.id: spec.label for spec in registry.all_methods()}
+    return {spec.id: spec.label for spec in registry.all_methods("")}
 
 
 def in_order(names: set[str], table: Mapping[str, object]) -> list[str]:

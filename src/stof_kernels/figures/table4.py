@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from stof_kernels.benchmarking.measurement import Measurement
 
 from . import FIGURES, GpuPage, captions, cells
 from .layout import Page, empty_page, save
-from .style import METHODS, MODELS, in_order, look
+from .style import METHODS, MODELS, in_order, labels_for, look
 
 _OURS = "stof"
 _COLUMNS = (
@@ -21,6 +22,7 @@ _REMARK = (
 )
 _ROW = 0.228  # inches
 _SIZE = 8.5
+_HEAD, _HEAD_WIDTH = 7.8, 14  # points, letters of a line
 
 Place = tuple[int, int, str]
 Found = dict[tuple[object, str], Measurement]
@@ -37,7 +39,8 @@ def render(rows: Sequence[Measurement], pages: Sequence[GpuPage], pdf: Path, tab
         places = sorted(
             {(r.batch or 0, r.seq_len or 0, r.model) for r in mine}, key=lambda p: (*p[:2], models.index(p[2]))
         )
-        drawn.append(_page(page, mine, found, methods, places))
+        with labels_for(mine):
+            drawn.append(_page(page, mine, found, methods, places))
         lines += [_line(page, found, place, method) for place in places for method in methods]
     save(drawn, pdf, FIGURES["table4"].title)
     cells.write_table(table, _COLUMNS, lines)
@@ -77,13 +80,18 @@ def _page(
         hint = "The paper shows this table for the A100."
         return empty_page(title, subtitle, captions.no_rows(page, "tuning_cost", hint))
     drawn = Page(title, subtitle, _caption(page, rows, found, methods, places))
-    others = [m for m in methods if m != _OURS]
-    columns = [look(m).label for m in (*methods, *others)]
+    others = [m for m in methods if m != _OURS and any(_ratio(found, place, m) for place in places)]
+    columns = [textwrap.wrap(look(m).label, _HEAD_WIDTH) for m in (*methods, *others)]
     units = ["s"] * len(methods) + ["/ STOF"] * len(others)
     edges = [drawn.left + 2.5 + (drawn.right - drawn.left - 2.6) * (i + 1) / len(columns) for i in range(len(columns))]
     y = drawn.top - 0.2
     _rule(drawn, y, 1.0)
-    y = _write(drawn, y, ["size", "model"], columns, edges, weight="bold")
+    tall = max(map(len, columns))
+    for line in range(tall):  # names of several words end on the same line
+        words = [column[line - tall] if line - tall >= -len(column) else "" for column in columns]
+        y = _write(
+            drawn, y, ["size", "model"] if line == tall - 1 else ["", ""], words, edges, weight="bold", size=_HEAD
+        )
     y = _write(drawn, y, ["(batch, length)", ""], units, edges)
     _rule(drawn, y, 0.6)
     previous = None
@@ -114,14 +122,20 @@ def _times(ratio: float | None) -> str:
 
 
 def _write(
-    drawn: Page, y: float, names: Sequence[str], values: Sequence[str], edges: Sequence[float], weight: str = "normal"
+    drawn: Page,
+    y: float,
+    names: Sequence[str],
+    values: Sequence[str],
+    edges: Sequence[float],
+    weight: str = "normal",
+    size: float = _SIZE,
 ) -> float:
     """One line of the table, names at the left and values flush right; the height below it."""
     base = y - _ROW * 0.68
     for x, text in zip((drawn.left + 0.05, drawn.left + 1.5), names, strict=True):
         drawn.text(x, base, text, size=_SIZE, va="baseline", weight=weight)
     for x, text in zip(edges, values, strict=True):
-        drawn.text(x, base, text, size=_SIZE, va="baseline", ha="right", weight=weight)
+        drawn.text(x, base, text, size=size, va="baseline", ha="right", weight=weight)
     return y - _ROW
 
 
@@ -139,7 +153,12 @@ def _caption(
     missing = [cells.bar(found.get((place, m)), None, m) for place in places for m in methods]
     missing = [b for b in missing if b.status != "no_baseline"]
     paragraphs = [
-        "Wall time of tuning in seconds, and as a multiple of STOF's.",
+        "Wall time of tuning in seconds, and as a multiple of STOF's."
+        + (
+            ""
+            if published
+            else " From the model on its device to the first tuned call, in a warm process, compile caches empty."
+        ),
         cells.footnotes(missing, lambda m: look(m).label).replace("a bar", "a number"),
         _REMARK if published else "",
         captions.VIT if published and any(row.model == "vit" for row in rows) else "",
