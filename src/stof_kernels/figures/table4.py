@@ -81,7 +81,7 @@ def _page(
         return empty_page(title, subtitle, captions.no_rows(page, "tuning_cost", hint))
     drawn = Page(title, subtitle, _caption(page, rows, found, methods, places))
     others = [m for m in methods if m != _OURS and any(_ratio(found, place, m) for place in places)]
-    columns = [textwrap.wrap(look(m).label, _HEAD_WIDTH) for m in (*methods, *others)]
+    columns = [textwrap.wrap(look(m).label, _HEAD_WIDTH, break_on_hyphens=False) for m in (*methods, *others)]
     units = ["s"] * len(methods) + ["/ STOF"] * len(others)
     edges = [drawn.left + 2.5 + (drawn.right - drawn.left - 2.6) * (i + 1) / len(columns) for i in range(len(columns))]
     y = drawn.top - 0.2
