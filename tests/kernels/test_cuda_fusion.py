@@ -63,6 +63,10 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
+def split(x):
+    return x.view(*x.shape[:-1], -1, 64).transpose(1, 2)
+
+
 def guard(x):
     """T5's protection of float16."""
     largest = torch.finfo(x.dtype).max
@@ -133,6 +137,20 @@ def cases():
                 Fn(lambda m, x, y: ((z := x + y), m.n(z)), n=Norm(200)),
                 [w, w],
             ),
+            f"epilogue of cuBLASLt, GELU {n}": (
+                "cublas",
+                Fn(
+                    lambda m, x: tanh_gelu(torch.addmm(m.b, x.view(-1, 192), m.w).view(*x.shape[:2], 256)),
+                    w=nn.Parameter(torch.ones(192, 256)),
+                    b=nn.Parameter(torch.ones(256)),
+                ),
+                [x],
+            ),
+            f"epilogue of cuBLASLt, ReLU {n}": (
+                "cublas",
+                Fn(lambda m, x: F.relu(m.a(x)), a=linear(192, 256, False)),
+                [x],
+            ),
             f"guard {n}": ("rowwise", Fn(lambda m, x, y: guard(x + y)), [w, w]),
         }
     heads, table = (2, 40, 4, 64), (1, 1, 40, 64)
@@ -141,6 +159,17 @@ def cases():
         Fn(lambda m, x, y, c, s: (rotate(x.transpose(1, 2), c, s), rotate(y.transpose(1, 2), c, s))),
         [heads, heads, table, table],
     )
+    for rows in (40, 128):
+        found[f"projections, rotations {rows}"] = (
+            "projection_rotary",
+            Fn(
+                lambda m, x, c, s: (rotate(split(m.a(x)), c, s), rotate(split(m.b(x)), c, s), split(m.c(x))),
+                a=linear(256, 256, False),
+                b=linear(256, 256, False),
+                c=linear(256, 256, False),
+            ),
+            [(2, rows, 256), (1, 1, rows, 64), (1, 1, rows, 64)],
+        )
     return found
 
 
@@ -334,6 +363,20 @@ def test_a_call_becomes_part_of_the_callers_own_graph(tuned):
     got.zero_()
     outer.replay()
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@transformers
+def test_inference_mode_at_any_time(tuned):
+    """What was captured in one mode is copied into in the other."""
+    _, model, given, fast = tuned("gpt2")
+    want = hidden(fast, given)
+    with torch.inference_mode():
+        assert torch.equal(fast(**given).last_hidden_state, want)
+        positions = next(p for n, p in model.named_parameters() if "wpe" in n)
+        positions.mul_(2.0)
+        assert error(fast(**given).last_hidden_state, model(**given).last_hidden_state.float()) < 2e-2
+    positions.div_(2.0)
+    assert torch.equal(hidden(fast, given), want)
 
 
 @transformers

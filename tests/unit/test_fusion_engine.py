@@ -280,6 +280,39 @@ def test_a_result_that_depends_on_weights_only_is_a_copy(always_faster):
     torch.testing.assert_close(fast(torch.randn(3, 8))[1], model.w * 2)
 
 
+def test_inference_mode_at_any_time(always_faster):
+    """Constants made in one mode are written again in the other."""
+    for first in (True, False):
+        model = make()
+        with torch.inference_mode(first):
+            fast = optimize(model, inputs(), templates=(), use_cache=False)
+        for mode, factor in ((not first, 2.0), (first, 0.5)):
+            model.scale.mul_(factor)
+            with torch.inference_mode(mode):
+                close(fast(*inputs(3)), model(*inputs(3)))
+
+
+def test_a_view_of_a_weight_is_no_copy_and_follows_other_memory(always_faster):
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.l = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.l(torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1))
+
+    model, x = Token().eval().requires_grad_(False), torch.randn(3, 2, 8)
+    fast = optimize(model, (x,), templates=(), use_cache=False)
+    kept = model.token.data
+    before = kept.clone()
+    for data in (torch.randn(1, 1, 8), torch.randn(1, 1, 8)):
+        model.token.data = data
+        torch.testing.assert_close(fast(x), model(x))
+    assert torch.equal(kept, before)  # the memory that it had before is someone else's now
+    (view,) = fast._program.constants.current(())
+    assert view.data_ptr() == model.token.data_ptr()
+
+
 # ---- falling back ----------------------------------------------------------------------------------------------------
 
 

@@ -206,7 +206,7 @@ def test_on_cuda_inductor_is_asked_where_it_is_worth_it(stack, as_on_cuda):
     plan, _ = run(stack, table, templates=("inductor",))
     asked = {(str(k), template) for k, template, _ in table.named}
     assert ("relu", "inductor") in asked
-    assert ("add", "inductor") not in asked  # less than 3 % of a layer
+    assert ("add", "inductor") not in asked  # less than 5 % of a layer
     assert ("linear", "inductor") not in asked  # nothing to fuse
     # Several operators that only eager could run are not measured: they cost what they cost apart.
     assert not any("+" in name and template == "eager" and (name, "inductor") not in asked for name, template in asked)

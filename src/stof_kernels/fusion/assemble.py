@@ -38,7 +38,8 @@ class Program:
 class Constants:
     """Values that depend on weights and constants only, computed once and again after a weight behind them has changed.
 
-    The tensors stay the same ones: new values are written into them, so that a CUDA graph that reads them sees the change.
+    The tensors stay the same ones: new values are written into them, so that a CUDA graph that reads them sees the change. Only
+    what is a view of a weight is another tensor once the weight's memory has been exchanged.
     """
 
     def __init__(self, graph: OpGraph, needed: list[fx.Node]):
@@ -58,23 +59,30 @@ class Constants:
         attention = {node for op in graph.ops if op.kind is Kind.ATTENTION for node in op.nodes}
         self._packed = [bool(n.users) and all(user in attention for user in n.users) for n in needed]
         self._state: tuple | None = None
-        self._values: list[Tensor] | None = None
+        self._values: list[Tensor] = []
 
     def current(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The values for the weights as they are now; ``inputs`` holds weights where Dynamo passes them in."""
         sources = [inputs[at] if isinstance(at, int) else at for at in self._at]
         state = tuple((s.data_ptr(), 0 if s.is_inference() else s._version) for s in sources)
         if state != self._state or any(s.is_inference() for s in sources):
-            with torch.no_grad():
+            # They are written again in later calls, whichever mode this one is in.
+            with torch.inference_mode(False), torch.no_grad():
                 found = self._function(*sources)
-                found = [packed(v) if p else v for v, p in zip(found, self._packed, strict=True)]
-                if self._values is None:
-                    self._values = found
-                for old, new in zip(self._values, found, strict=True):
-                    if old is not new:
-                        unexpanded(old).copy_(unexpanded(new))
+                theirs = {s.untyped_storage().data_ptr() for s in sources}
+                for i, new in enumerate(found):
+                    self._put(i, new, new.untyped_storage().data_ptr() in theirs)
             self._state = state
         return self._values
+
+    def _put(self, i: int, new: Tensor, is_view: bool) -> None:
+        """Take over a computed value; a view of a weight is kept as it is, so that the weight is not held twice."""
+        if i == len(self._values):
+            self._values.append(new if is_view or not self._packed[i] else packed(new))
+        elif is_view:
+            self._values[i] = new
+        else:
+            unexpanded(self._values[i]).copy_(unexpanded(new))
 
 
 def packed(value: Tensor) -> Tensor:

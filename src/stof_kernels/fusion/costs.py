@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from .graph import OpGraph
 from .plan import OVERHEADS, Choice
-from .replay import capture
+from .replay import capture, no_workspaces
 from .segments import Run, Segment
 from .templates import TEMPLATES, Setting
 from .templates.compiler import CompilerPool
@@ -23,7 +23,7 @@ from .templates.compiler import CompilerPool
 _WARMUP, _SAMPLES, _SLICE_S = 1, 15, 0.05
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _FIRST_COMPILE_S = 12.0  # Inductor's first segment in a process also starts its compiler
-_KERNEL_S = 4.0  # a kernel of usual size compiles in a fraction of a second; what takes longer spills registers
+_KERNEL_S = 6.0  # a kernel of usual size compiles in a fraction of a second; what takes longer spills registers
 _INDUCTOR_SHARE = (
     0.4  # of a budget on CUDA, where a segment takes Inductor seconds and Triton's templates a fraction of one
 )
@@ -86,6 +86,12 @@ class DeviceMeter:
         self._made: dict[tuple[str, str, Setting], Run] = {}
         self.refused: dict[str, str] = {}
         self.built: dict[tuple[str, str, Setting], Run] = {}
+
+    def close(self) -> None:
+        """Give back what measuring has held on the device; what was built stays."""
+        self._values.clear()
+        self._expected = ("", ())
+        self._timer.close()
 
     def prepare(self, segment: Segment, candidates: list[tuple[str, Setting]], rank: float) -> None:
         """Have these candidates' kernels compiled in the background, those of lower rank first."""
@@ -244,6 +250,14 @@ class DeviceTimer:
             return time_us(run, inputs, segment.device)
         graph.replay()
         return min(_cuda_sample(graph.replay, []) for _ in range(_REPLAYS)) / calls
+
+    def close(self) -> None:
+        """Give back the copies and the memory of the graphs."""
+        self._sets = ("", [])
+        if self._holder is not None:
+            self._holder = self._pool = self._stream = None
+            with no_workspaces():
+                torch.cuda.empty_cache()
 
     def _record(self, graph: torch.cuda.CUDAGraph, call: Callable[[], None]) -> None:
         if self._stream is None:

@@ -225,7 +225,10 @@ def search(
     with CompilerPool(processes=None if on_cuda else 0) as pool:
         values = record(graph, parts, flat)
         meter = DeviceMeter(graph, values, clock, pool if on_cuda else None)
-        plan = Search(graph, parts, settings, meter, clock, progress).run()
+        try:
+            plan = Search(graph, parts, settings, meter, clock, progress).run()
+        finally:
+            meter.close()
     plan.counts["refused"] = len(meter.refused)
     for what, why in meter.refused.items():
         progress(f"refused: {what}: {why}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,11 @@ _PLAN_WORDS = 64  # a tensor on the CPU is read by launches: up to so many numbe
 
 @dataclass
 class _Graph:
-    """A captured call: its results, what it read where it was, and the weights' addresses then."""
+    """A captured call: its results, what it reads where it is, kept alive by these references, and where weights were."""
 
     graph: torch.cuda.CUDAGraph
     outputs: tuple[Tensor, ...]
     kept: list[Tensor]
-    weights: list[Tensor]
     addresses: list[int]
 
 
@@ -79,13 +78,13 @@ class Replay:
             if found is None:
                 if not self._worth(key):
                     return self._program(*inputs)
-                found = self._capture(key, inputs)
-            self._program.constants.current(inputs)
+                found = self._captured(key, inputs)
+            constants = self._program.constants.current(inputs)
             results = self._run(found, inputs)
             # Looked at while the device is busy: the memory that was read is kept alive by the graph.
-            if [w.data_ptr() for w in self._program.weights] != found.addresses:
+            if [t.data_ptr() for t in (*self._program.weights, *constants)] != found.addresses:
                 self._graphs.clear()
-                results = self._run(self._capture(key, inputs), inputs)
+                results = self._run(self._captured(key, inputs), inputs)
             return results
 
     def _key(self, inputs: Sequence[Tensor]) -> tuple:
@@ -111,6 +110,11 @@ class Replay:
         found.graph.replay()
         return tuple(t.clone() for t in found.outputs)
 
+    def _captured(self, key: tuple, inputs: Sequence[Tensor]) -> _Graph:
+        # What lives as long as the graph must be writable in later calls, whichever mode this one is in.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._capture(key, inputs)
+
     def _capture(self, key: tuple, inputs: Sequence[Tensor]) -> _Graph:
         """Raises what PyTorch raises where something in the program cannot be captured."""
         if self._buffers is None:
@@ -122,28 +126,41 @@ class Replay:
             self._graphs.popitem(last=False)
         graph = torch.cuda.CUDAGraph()
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        with no_workspaces():
+            if not self.captures:
+                self._buffered_copy(inputs)
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    program.function(*flat, *weights, *constants)
+                stream.synchronize()
         if not self.captures:
-            self._buffered_copy(inputs)
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                program.function(*flat, *weights, *constants)
-            stream.synchronize()
             # What the calls before have left in the allocator would be held twice.
             torch.cuda.empty_cache()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream), torch.no_grad():
+        with no_workspaces(), torch.cuda.stream(stream):
             outputs = capture(graph, lambda: program.function(*flat, *weights, *constants), self._pool)
         current.wait_stream(stream)
         self._pool = graph.pool()
         self.captures += 1
-        kept = [inputs[i] for i in sorted(self._kept)]
-        found = _Graph(graph, tuple(outputs), kept, weights, [w.data_ptr() for w in weights])
+        kept = [*(inputs[i] for i in sorted(self._kept)), *weights, *constants]
+        found = _Graph(graph, tuple(outputs), kept, [t.data_ptr() for t in (*weights, *constants)])
         self._graphs[key] = found
         return found
 
     def _buffered_copy(self, inputs: Sequence[Tensor]) -> None:
         for i, buffer in self._buffers.items():
             buffer.copy_(inputs[i])
+
+
+@contextlib.contextmanager
+def no_workspaces() -> Iterator[None]:
+    """cuBLAS keeps tens of megabytes for every stream that it was used on; those of other streams and of this block go."""
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def capture(graph: torch.cuda.CUDAGraph, call: Callable[[], Any], pool: tuple | None = None) -> Any:

@@ -21,14 +21,14 @@ from .scheme import MAX_COMPUTE, FusionScheme
 from .segments import Segment, cut
 
 Progress = Callable[[str], None]
-_LATE_SHARE = 0.03  # of the unfused time: what a segment has to take for a compiler of seconds to be asked
+_LATE_SHARE = 0.05  # of the unfused time: what a segment has to take for a compiler of seconds to be asked
 
 
 @dataclass(frozen=True)
 class SearchSettings:
     """``budget_s`` seconds in all; ``samples`` candidates per segment in stage 1; ``round_samples`` per round of stage 2.
 
-    A candidate costs milliseconds on a GPU but seconds of a C++ compiler on the CPU, so ``samples`` 0 means 8 there and 2 here.
+    A candidate costs milliseconds on a GPU but seconds of a C++ compiler on the CPU, so ``samples`` 0 means 6 there and 2 here.
     ``gain`` is the share by which a move has to be faster to be kept: what is below is noise. ``templates`` restricts the
     templates (None: all); eager is always there. On CUDA Inductor is tried on segments that no template runs and that take a
     few percent of the time; ``thorough`` has it tried beside the templates too, which costs seconds a segment.
@@ -129,7 +129,7 @@ class Search:
                 prepare(space.segment, space.waiting[: self._samples(space.segment)], rank=float(length))
 
     def _samples(self, segment: Segment) -> int:
-        return self.settings.samples or (2 if segment.device.type == "cpu" else 8)
+        return self.settings.samples or (2 if segment.device.type == "cpu" else 6)
 
     def _step(self, i: int, kinds: list[Kind], product: int, best: float) -> float | None:
         """The first move around a product that gains, kept; None if none does."""
