@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,39 @@ def lists_of(keep: np.ndarray, padding: int = 0) -> Lists:
         batch,
         heads,
     )
+
+
+def unpack_layout(layout: Sequence[Tensor], shape: tuple[int, int, int, int], q_tile: int) -> tuple[Tensor, list[int]]:
+    """Dense mask of a (batch, heads, q_len, kv_len) shape and, per work item, its length, read out of CUDA's block-wise layout.
+
+    By its documented meaning; csrc/attention/cuda/problem.h.
+    """
+    ptr, col, items, bits = (t.cpu() for t in layout[:4])
+    planes, q_len, kv_len = shape[0] * shape[1], shape[2], shape[3]
+    rows, cols = -(-q_len // q_tile) * q_tile, -(-kv_len // 16) * 16
+    dense = torch.zeros(planes, rows, cols, dtype=torch.bool)
+    lengths = []
+    for item in items[: ptr[0]].tolist():
+        tile, first, count, _, full, slot, plane, _, *runs = item
+        lengths.append(count)
+        if count:
+            assert runs == col[first].tolist()
+        for t in range(count):
+            words = None if t < full else bits[slot + t - full].view(q_tile // 16, 32).to(torch.int64)
+            for r, c in enumerate(col[first + t].tolist()):
+                if c < 0:
+                    assert words is None or not ((words >> (8 * r)) & 255).any()
+                    continue
+                part = dense[plane, tile * q_tile : (tile + 1) * q_tile, c * 16 : (c + 1) * 16]
+                if words is None:
+                    part[:] = True
+                    continue
+                for lane in range(32):
+                    byte = (words[:, lane] >> (8 * r)) & 255
+                    for e in range(8):
+                        row, column = lane // 4 + 8 * (e // 2 % 2), 8 * (e // 4) + 2 * (lane % 4) + e % 2
+                        part[row::16, column] |= (byte >> e & 1).bool()
+    return dense[:, :q_len, :kv_len].view(shape), lengths
 
 
 def attend(

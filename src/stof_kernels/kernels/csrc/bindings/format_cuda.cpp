@@ -183,7 +183,7 @@ struct LayoutRequest {
   CellView cells;
   Chunking chunking;
   int q_tile;
-  int64_t query_tiles;
+  int64_t query_tiles, scratch_ints;
 };
 
 LayoutRequest request_of(const char* op, const Tensor& strip_ptr, const Tensor& cell_col, const Tensor& cell_slot,
@@ -208,6 +208,7 @@ LayoutRequest request_of(const char* op, const Tensor& strip_ptr, const Tensor& 
   request.chunking = {static_cast<int>(kv_chunk), static_cast<int>(copies), multiprocessors * kBlocksPerMultiprocessor};
   request.q_tile = static_cast<int>(q_tile);
   request.query_tiles = planes * ceil_div(q_len, q_tile);
+  request.scratch_ints = layout_scratch(request.query_tiles, static_cast<int>(kv_len));
   return request;
 }
 
@@ -226,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_layout(Tensor strip_ptr
                                            planes, q_tile, kv_chunk, copies);
   const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
   const cudaStream_t stream = current_stream(strip_ptr);
-  Tensor scratch = ints(strip_ptr, {request.query_tiles, kQueryTileInts});
+  Tensor scratch = ints(strip_ptr, {request.scratch_ints});
   Tensor measured = ints(strip_ptr, {kHeaderInts});
   LayoutBuffers out{};
   out.header = data_of<int>(measured), out.q_tile = request.q_tile;
@@ -254,7 +255,7 @@ Tensor layout_sizes(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor 
       request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len, planes, q_tile, 0, 1);
   const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
   const cudaStream_t stream = current_stream(strip_ptr);
-  Tensor scratch = ints(strip_ptr, {request.query_tiles, kQueryTileInts}), header = ints(strip_ptr, {kHeaderInts});
+  Tensor scratch = ints(strip_ptr, {request.scratch_ints}), header = ints(strip_ptr, {kHeaderInts});
   LayoutBuffers out{};
   out.header = data_of<int>(header), out.q_tile = request.q_tile;
   check_launch(op, count_tiles(request.cells, request.q_tile, data_of<int>(scratch), stream));
@@ -276,7 +277,7 @@ void build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tenso
                   " items, it must be at least the ", request.query_tiles, " query tiles");
   const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
   const cudaStream_t stream = current_stream(strip_ptr);
-  Tensor scratch = ints(strip_ptr, {request.query_tiles, kQueryTileInts});
+  Tensor scratch = ints(strip_ptr, {request.scratch_ints});
   const LayoutBuffers out = layout_of(ptr, col, slot, bits, request.q_tile);
   check_launch(op, count_tiles(request.cells, request.q_tile, data_of<int>(scratch), stream));
   check_launch(op, schedule_items(request.cells, out, request.chunking, data_of<int>(scratch), stream));

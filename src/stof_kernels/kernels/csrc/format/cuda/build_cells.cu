@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kCell = 16;
 constexpr int kPackThreads = 256;
-constexpr int kScanThreads = 1024, kScanRun = 8;  // strips of a thread in one round of the scan
+constexpr int kScanThreads = 1024;
 constexpr int kBlockWarps = 8;
 
 __host__ __device__ inline int cells_of(int length) { return (length + kCell - 1) / kCell; }
@@ -76,36 +76,37 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(DenseMask mask, Cell
 
 // One block: starts of the strips (of all the strips in a row of blocks), clamped to the capacity so that whoever reads the
 // lists stays inside them.
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(int strips, CellScratch scratch, CellBuffers out) {
-  __shared__ int64_t shared[kScanThreads / 32 + 1];
+__global__ void __launch_bounds__(kScanThreads, 1) scan_kernel(int strips, CellScratch scratch, CellBuffers out) {
+  __shared__ int64_t shared[kScanThreads / 32];
+  const Range mine = warp_range(strips);
+  const int lane = threadIdx.x & 31;
   int64_t cells = 0, slots = 0, kept = 0;
-  for (int base = 0; base < strips; base += kScanThreads * kScanRun) {
-    const int first = base + threadIdx.x * kScanRun, end = min(first + kScanRun, strips);
-    int64_t my_cells = 0, my_slots = 0, my_kept = 0;
-    for (int i = first; i < end; ++i) {
-      const int4 strip = scratch.strips[i];
-      my_cells += strip.x, my_slots += strip.y, my_kept += static_cast<int64_t>(strip.z) * strip.w;
+  for (int i = mine.begin + lane; i < mine.end; i += 32) {
+    const int4 strip = scratch.strips[i];
+    cells += strip.x, slots += strip.y, kept += static_cast<int64_t>(strip.z) * strip.w;
+  }
+  int64_t all_cells, all_slots, all_kept;
+  int64_t cell = before_warp<int64_t>(warp_sum(cells), shared, all_cells);
+  int64_t slot = before_warp<int64_t>(warp_sum(slots), shared, all_slots);
+  before_warp<int64_t>(warp_sum(kept), shared, all_kept);
+  for (int base = mine.begin; base < mine.end; base += 32) {
+    const int i = base + lane;
+    const int4 strip = i < mine.end ? scratch.strips[i] : make_int4(0, 0, 0, 0);
+    int64_t cell_sum, slot_sum;
+    const int64_t cell_here = cell + warp_exclusive_scan<int64_t>(strip.x, cell_sum);
+    const int64_t slot_here = slot + warp_exclusive_scan<int64_t>(strip.y, slot_sum);
+    if (i < mine.end) {
+      scratch.starts[i] = static_cast<int>(min(cell_here, out.cell_capacity));
+      scratch.strips[i].w = static_cast<int>(min(slot_here, static_cast<int64_t>(0x7fffffff)));
     }
-    int64_t cell_sum, slot_sum, kept_sum;
-    int64_t cell = cells + block_exclusive_scan<int64_t>(my_cells, shared, cell_sum);
-    int64_t slot = slots + block_exclusive_scan<int64_t>(my_slots, shared, slot_sum);
-    block_exclusive_scan<int64_t>(my_kept, shared, kept_sum);
-    for (int i = first; i < end; ++i) {
-      const int4 strip = scratch.strips[i];
-      scratch.starts[i] = static_cast<int>(min(cell, out.cell_capacity));
-      scratch.strips[i].w = static_cast<int>(min(slot, static_cast<int64_t>(0x7fffffff)));
-      cell += strip.x, slot += strip.y;
-    }
-    cells += cell_sum;
-    slots += slot_sum;
-    kept += kept_sum;
+    cell += cell_sum, slot += slot_sum;
   }
   if (threadIdx.x == 0) {
-    scratch.starts[strips] = static_cast<int>(min(cells, out.cell_capacity));
-    out.counts[0] = cells;
-    out.counts[1] = slots;
-    out.counts[2] = kept;
-    out.counts[3] = cells > out.cell_capacity || slots > out.bit_capacity;
+    scratch.starts[strips] = static_cast<int>(min(all_cells, out.cell_capacity));
+    out.counts[0] = all_cells;
+    out.counts[1] = all_slots;
+    out.counts[2] = all_kept;
+    out.counts[3] = all_cells > out.cell_capacity || all_slots > out.bit_capacity;
   }
 }
 

@@ -67,10 +67,10 @@ __device__ void collect(const CellView& cells, const QueryTile& tile, int q_tile
     const int first = __ldg(cells.strip_ptr + tile.first_strip + s), end = __ldg(cells.strip_ptr + tile.first_strip + s + 1);
     const int lane = threadIdx.x & 31;
     for (int base = first + threadIdx.x % threads - lane; base < end; base += threads) {
-      const int i = base + lane, col = i < end ? __ldg(cells.cell_col + i) : -1;
+      const int i = base + lane;
+      const int col = i < end ? __ldg(cells.cell_col + i) : -1, slot = i < end ? __ldg(cells.cell_slot + i) : 0;
       const bool listed = static_cast<unsigned>(col) < static_cast<unsigned>(width);
-      set_bits(columns.any, full_in + s * words, listed ? col / 32 : -1, listed ? 1u << col % 32 : 0,
-               listed && __ldg(cells.cell_slot + i) < 0);
+      set_bits(columns.any, full_in + s * words, listed ? col / 32 : -1, listed ? 1u << col % 32 : 0, slot < 0);
     }
   }
   __syncthreads();
@@ -82,15 +82,24 @@ __device__ void collect(const CellView& cells, const QueryTile& tile, int q_tile
   __syncthreads();
 }
 
+// Where the counting leaves a query tile's bitmaps for the filling; null if they are too long to keep.
+__device__ __forceinline__ uint32_t* kept_columns(const CellView& cells, const Columns& columns, int q_tile, int* query_tiles) {
+  if (!keeps_columns(cells.kv_len)) return nullptr;
+  const int64_t all = static_cast<int64_t>(cells.planes) * blocks_of(cells.q_len, q_tile);
+  return reinterpret_cast<uint32_t*>(query_tiles + all * kQueryTileInts) + static_cast<int64_t>(blockIdx.x) * 2 * columns.words;
+}
+
 __global__ void __launch_bounds__(kTileThreads) count_kernel(CellView cells, int q_tile, int* query_tiles) {
   extern __shared__ uint32_t bitmaps[];
   __shared__ int shared[kTileThreads / 32 + 1];
   const Columns columns = columns_in(bitmaps, cells.kv_len);
   collect(cells, query_tile(cells, q_tile), q_tile, columns);
+  uint32_t* kept = kept_columns(cells, columns, q_tile, query_tiles);
   int any = 0, full = 0;
   for (int w = threadIdx.x; w < columns.words; w += kTileThreads) {
     any += __popc(columns.any[w]);
     full += __popc(columns.full[w]);
+    if (kept != nullptr) kept[w] = columns.any[w], kept[columns.words + w] = columns.full[w];
   }
   int any_sum, full_sum;
   block_exclusive_scan(any, shared, any_sum);
@@ -172,12 +181,17 @@ __device__ void scatter_bits(const CellView& cells, const QueryTile& tile, const
   }
 }
 
-__global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, LayoutBuffers out, const int* query_tiles) {
+__global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, LayoutBuffers out, int* query_tiles) {
   extern __shared__ uint32_t bitmaps[];
   __shared__ int shared[kTileThreads / 32 + 1];
   const QueryTile tile = query_tile(cells, out.q_tile);
   const Columns columns = columns_in(bitmaps, cells.kv_len);
-  collect(cells, tile, out.q_tile, columns);
+  if (const uint32_t* kept = kept_columns(cells, columns, out.q_tile, query_tiles)) {
+    for (int w = threadIdx.x; w < 2 * columns.words; w += kTileThreads) columns.any[w] = kept[w];  // full follows any
+    __syncthreads();
+  } else {
+    collect(cells, tile, out.q_tile, columns);
+  }
   int* full_before = reinterpret_cast<int*>(columns.scratch());
   int* rest_before = full_before + columns.words;
   int full_count = 0, rest_count = 0;
@@ -215,8 +229,9 @@ __global__ void __launch_bounds__(kTileThreads) fill_kernel(CellView cells, Layo
   for (int j = threadIdx.x; j < mine[5]; j += kTileThreads) {
     if (mine[4] + j >= out.item_capacity) break;
     int* item = out.items + static_cast<int64_t>(mine[4] + j) * kItemInts;
-    for (int r = 0; r < 4; ++r)
-      item[8 + r] = item[2] > 0 && item[1] < out.tile_capacity ? out.col[static_cast<int64_t>(item[1]) * 4 + r] : -1;
+    const int4 none = make_int4(-1, -1, -1, -1);
+    *reinterpret_cast<int4*>(item + 8) =
+        item[2] > 0 && item[1] < out.tile_capacity ? reinterpret_cast<const int4*>(out.col)[item[1]] : none;
   }
 }
 
@@ -246,7 +261,7 @@ cudaError_t count_tiles(const CellView& cells, int q_tile, int* query_tiles, cud
   return cudaGetLastError();
 }
 
-cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, const int* query_tiles, cudaStream_t stream) {
+cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, int* query_tiles, cudaStream_t stream) {
   const int blocks = query_tiles_of(cells, out.q_tile);
   if (blocks == 0) return cudaSuccess;
   const size_t bytes = bitmap_bytes(cells, out.q_tile);

@@ -64,14 +64,24 @@ struct Chunking {
   int chunk, copies, slots;
 };
 
-// Per query tile, between the steps: {key tiles, full key tiles, first key tile, first slot}, {first item, items, 0, 0}.
+// Scratch between the steps: per query tile {key tiles, full key tiles, first key tile, first slot}, {first item, items, 0, 0};
+// after all of them, unless key sequences are very long, per query tile which columns it lists and which are full.
 constexpr int kQueryTileInts = 8;
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+inline bool keeps_columns(int kv_len) { return kv_len <= 1 << 17; }
+// Ints of that scratch.
+inline int64_t layout_scratch(int64_t query_tiles, int kv_len) {
+  const int64_t words = (kv_len + 511) / 512;  // 32 cells of 16 keys
+  return query_tiles * (kQueryTileInts + (keeps_columns(kv_len) ? 2 * words : 0));
+}
 
 cudaError_t count_tiles(const CellView& cells, int q_tile, int* query_tiles, cudaStream_t stream);
 // Writes the header and, up to the capacities, the items and combines. With capacities of 0 it only measures.
 cudaError_t schedule_items(const CellView& cells, const LayoutBuffers& out, const Chunking& chunking, int* query_tiles,
                            cudaStream_t stream);
-cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, const int* query_tiles, cudaStream_t stream);
+cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, int* query_tiles, cudaStream_t stream);
 
 // Longest key sequence the layout's bitmaps in shared memory allow.
 constexpr int kMaxLayoutKeys = 1 << 20;
