@@ -121,7 +121,7 @@ _CUDA_SOURCES = (
 )
 
 
-def _cuda(architecture: str, code: tuple[str, ...]) -> Target:
+def _cuda(architecture: str, code: tuple[str, ...], *more_flags: str) -> Target:
     sources = functools.partial(instances.sources, architecture)
     return Target(
         compiler=nvcc,
@@ -130,6 +130,7 @@ def _cuda(architecture: str, code: tuple[str, ...]) -> Target:
             *("-std=c++17", "-O3", "-DUSE_CUDA", _STABLE_ABI, "-Xcompiler=-fPIC,-fvisibility=hidden"),
             "-Xptxas=-v",  # registers and spills, for the log
             *(f"-gencode=arch={virtual},code={real}" for virtual, real in (pair.split(":") for pair in code)),
+            *more_flags,
         ),
         # The runtime is linked in: the process may hold another one. -lcuda is not needed.
         link_flags=("-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-ltorch"),
@@ -150,7 +151,7 @@ TARGETS |= {
     # The oldest also carries its portable form, which the driver compiles for cards that are in no table.
     "sm_80": _cuda("sm_80", ("compute_80:sm_80", "compute_80:compute_80")),
     "sm_89": _cuda("sm_89", ("compute_89:sm_89",)),
-    "sm_90a": _cuda("sm_90a", ("compute_90a:sm_90a",)),
+    "sm_90a": _cuda("sm_90a", ("compute_90a:sm_90a",), "-DSTOF_HOPPER_TARGET"),
 }
 
 

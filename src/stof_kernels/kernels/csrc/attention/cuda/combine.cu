@@ -1,6 +1,7 @@
 // Joins the parts of query tiles whose key lists were cut, in the order of the parts: the result does not depend on which
 // part was done first.
 #include "common.cuh"
+#include "launch.h"
 
 namespace stof::cuda {
 namespace {
@@ -11,6 +12,8 @@ constexpr int kCombineThreads = 128;
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout) {
+  let_successor_start();
+  wait_for_predecessor();
   if (!layout.exact && (layout.header[6] != 0 || p.counts[3] != 0)) return;  // the main kernel wrote NaN
   const int entry_index = blockIdx.x / layout.copies, copy = blockIdx.x - entry_index * layout.copies;
   if (!layout.exact && entry_index >= layout.header[2]) return;
@@ -59,9 +62,8 @@ cudaError_t launch_combine(const Problem& problem, const BlockLayout& layout, cu
   const int64_t blocks = static_cast<int64_t>(layout.combine_limit) * layout.copies;
   if (blocks == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(blocks), layout.q_tile / kCombineRows);
-  if (problem.is_bf16) combine_kernel<__nv_bfloat16><<<grid, kCombineThreads, 0, stream>>>(problem, layout);
-  else combine_kernel<__half><<<grid, kCombineThreads, 0, stream>>>(problem, layout);
-  return cudaGetLastError();
+  const auto kernel = problem.is_bf16 ? combine_kernel<__nv_bfloat16> : combine_kernel<__half>;
+  return launch_overlapping(kernel, grid, kCombineThreads, 0, stream, problem, layout);
 }
 
 }  // namespace stof::cuda

@@ -5,6 +5,7 @@
 
 #include "hopper.cuh"
 #include "hopper_maps.h"
+#include "launch.h"
 
 namespace stof::cuda {
 
@@ -29,9 +30,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ unsigned char raw[];
   using Control = HopperControl<C::kSlots>;
   static_assert(Control::kBytes * C::kSets <= C::kControlBytes, "control block");
-  if (!layout.exact && (layout.header[6] != 0 || p.counts[3] != 0)) {
-    fill_with_nan<typename C::T>(p);
-    return;
+  let_successor_start();
+  if (!layout.exact) {
+    wait_for_predecessor();
+    if (layout.header[6] != 0 || p.counts[3] != 0) {
+      fill_with_nan<typename C::T>(p);
+      return;
+    }
   }
   const uint32_t first = (shared_address(raw) + 1023) & ~1023u;  // what the copy engine swizzles starts at 1024 bytes
   const uint32_t controls = first + C::kSets * C::kSetBytes;
@@ -44,6 +49,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (works) init_control<C>(control, maps);
     __syncwarp();
     all_arrive<C::kThreads>();  // does not wait: the first copies start before the others are here
+    wait_for_predecessor();
     if (works) {
       HopperProducer<C> producer(p, layout, maps, first + set * C::kSetBytes, control);
       producer.run(set);
@@ -51,6 +57,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   } else {
     take_registers<C::kRegisters>();
     all_wait<C::kThreads>();
+    wait_for_predecessor();
     const int set = warpgroup / C::kShare;
     const Control control{controls + set * Control::kBytes};
     HopperConsumer<C> consumer(p, layout, first + set * C::kSetBytes, control, warpgroup % C::kShare);
@@ -96,8 +103,8 @@ cudaError_t launch_hopper_as(const Problem& problem, const BlockLayout& layout, 
   const int blocks = static_cast<int>(units < multiprocessors ? units : multiprocessors);
   error = reset_counter(layout, stream);
   if (error != cudaSuccess) return error;
-  kernel<<<blocks, C::kThreads, C::kSharedBytes, stream>>>(problem, regrouped(problem, layout, C::kSets * blocks), maps);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, dim3(blocks), C::kThreads, C::kSharedBytes, stream, problem,
+                            regrouped(problem, layout, C::kSets * blocks), maps);
 }
 
 }  // namespace stof::cuda

@@ -1,0 +1,43 @@
+// Launches that may begin while the kernel before them ends (Hopper's programmatic dependent launch).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace stof::cuda {
+
+// For kernels that call wait_for_predecessor() before they touch memory that an earlier kernel writes, or write what it reads.
+// Where the library is not for Hopper it is an ordinary launch.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                               Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
+#ifdef STOF_HOPPER_TARGET
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap, config.numAttrs = 1;
+#endif
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+#ifdef __CUDACC__
+// Returns when everything before this kernel in its stream has ended and can be read.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// The next kernel may take the multiprocessors that this one leaves free; it still waits for this one's results.
+__device__ __forceinline__ void let_successor_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+#endif
+
+}  // namespace stof::cuda
