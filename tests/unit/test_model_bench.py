@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from stof_kernels.baselines import Unsupported, models, pairs, registry
 from stof_kernels.baselines.models import ModelProblem, ModelReady, run_variant
 from stof_kernels.baselines.models import registry as model_registry
-from stof_kernels.benchmarking import experiments, model_caches, model_memory, model_subject
+from stof_kernels.benchmarking import experiments, model_caches, model_memory, model_subject, runner
 from stof_kernels.benchmarking.measurement import read_rows
 from stof_kernels.benchmarking.model_problems import METRICS, ProblemError, model_problems, pair_problems
 from stof_kernels.benchmarking.runner import run_job
@@ -283,6 +283,16 @@ def test_experiments_take_rows_of_one_run(job):
         wanted = [row for row in first if row.metric in METRICS[experiment]]
         assert [replace(row, experiment="end_to_end") for row in of_run] == wanted
         assert [row for row in rows if row.seq_len == 96]  # was not in that run: measured here
+
+
+def test_a_run_that_is_wholly_shared_needs_no_device(job, monkeypatch):
+    _, origin = job("torch_native")
+    monkeypatch.setattr(runner, "_require_device", None)
+    monkeypatch.setattr(runner.environment, "machine", None)
+    rows, provenance = job("torch_native", experiment="ablation", shared="end_to_end")
+    assert {row.experiment for row in rows} == {"ablation"}
+    for name in ("machine", "gpu_name", "versions", "build", "code"):
+        assert provenance[name] == origin[name]
 
 
 def test_a_run_that_failed_is_shared_as_such(job, fake):

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from .cell import Measured
 
 
+_ORIGIN = ("machine", "gpu_name", "versions", "build", "commit")
+
+
 @dataclass(frozen=True)
 class Taken:
-    """Rows by cell, relabelled, and what the provenance says about them."""
+    """Rows by cell, relabelled, what the provenance says about them, and what it says about their machine and software."""
 
     experiment: str = ""
     rows: dict[str, list[Measurement]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def take(shared: Path, job: Measured, cells: Sequence[experiments.Cell]) -> Taken:
@@ -39,7 +43,7 @@ def take(shared: Path, job: Measured, cells: Sequence[experiments.Cell]) -> Take
     rows = {key: kept_rows([_relabelled(row, own) for row in found], own.id) for key, found in by_cell.items()}
     rows = {key: found for key, found in rows.items() if found}
     facts = {"experiment": experiment, "run_id": origin.get("run_id", ""), "cells": list(rows)}
-    return Taken(experiment, rows, facts)
+    return Taken(experiment, rows, facts, {name: origin[name] for name in _ORIGIN if name in origin})
 
 
 def kept_rows(rows: Sequence[Measurement], experiment: str) -> list[Measurement]:

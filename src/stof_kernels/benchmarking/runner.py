@@ -63,22 +63,26 @@ def run_job(
     spec, cells = _resolve(experiment, method, settings, device)
     job = Measured(gpu, experiment, spec, Budget.from_settings(settings.get("timing", {})))
     why_not = experiments.get(experiment).why_not(spec, device)
+    taken = take(shared, job, cells) if shared and not why_not else Taken()
+    about, book = environment.new_run(), None
     if why_not:
-        about = environment.new_run()
         facts = _facts(job, settings, {"device": device})
         rows = [row for cell in cells for row in job.missing(cell.problem, "unsupported", why_not)]
         print(f"{_name(job)}: {len(cells)} cells unsupported: {why_not}", flush=True)
+    elif all(cell.key in taken.rows for cell in cells):
+        # Nothing runs here: the machine and the software are those of that run.
+        facts = _facts(job, settings, {"device": device}) | taken.origin | {"shared": taken.facts}
+        rows = _measure_all(cells, job, None, taken)
     else:
         _require_device(device)
         facts = _facts(job, settings, environment.machine(device))
-        book = Journal(Path(journal), _identity(facts), about=environment.new_run())
+        book = Journal(Path(journal), _identity(facts), about=about)
         about = book.about | {"resumed": book.resumed}
-        taken = take(shared, job, cells) if shared else Taken()
         facts |= {"shared": taken.facts} if taken.rows else {}
         rows = _measure_all(cells, job, book, taken)
     write_json(Path(provenance), about | facts)
     write_rows(csv, rows)
-    if not why_not:
+    if book is not None:
         book.close()
 
 
@@ -106,10 +110,10 @@ def _require_device(device: str) -> None:
         )
 
 
-def _measure_all(cells: list[Cell], job: Measured, book: Journal, taken: Taken) -> list[Measurement]:
+def _measure_all(cells: list[Cell], job: Measured, book: Journal | None, taken: Taken) -> list[Measurement]:
     rows: list[Measurement] = []
     usable = True
-    measure = experiments.get(job.experiment).measure_cell
+    measure = experiments.get(job.experiment).measure_cell if book else None
     for number, cell in enumerate(cells, start=1):
         place = f"{_name(job)} [{number}/{len(cells)}] {cell.key}"
         if cell.key in taken.rows:
