@@ -217,15 +217,15 @@ def test_a_method_that_cannot_run_here_gives_rows_without_torch(tmp_path):
         import sys
         from pathlib import Path
         from stof_kernels.benchmarking.runner import run_job
-        for name in ("bolt", "fa4", "torch_compile_reduce_overhead"):
+        for name in ("splat", "fa4", "torch_compile_reduce_overhead"):
             run_job("cpu", "mha", name, {SETTINGS!r}, Path(name + ".csv"), Path(name + ".json"), Path(name + ".jsonl"), "cpu")
         sys.exit("torch" in sys.modules)
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=False).returncode == 0
-    notes = {name: {row.note for row in read_rows(tmp_path / f"{name}.csv")} for name in ("bolt", "fa4")}
+    notes = {name: {row.note for row in read_rows(tmp_path / f"{name}.csv")} for name in ("splat", "fa4")}
     assert notes["fa4"] == {"runs on cuda only"}
-    assert notes["bolt"] == {"runs on cuda only"}
-    rows = read_rows(tmp_path / "bolt.csv")
+    assert notes["splat"] == {"runs on cuda only"}
+    rows = read_rows(tmp_path / "splat.csv")
     assert [row.status for row in rows] == ["unsupported"] * 6
     assert not list(tmp_path.glob("*.jsonl"))
 
@@ -346,7 +346,7 @@ def test_every_experiment_of_the_design_is_known():
             "sdpa",
             "method 'sdpa' is not part of experiment 'tuning_cost', allowed: ",
         ),
-        ("mha_artifact", "bolt", "method 'bolt' is not part of experiment 'mha_artifact'"),
+        ("mha_artifact", "splat", "method 'splat' is not part of experiment 'mha_artifact'"),
     ],
 )
 def test_an_unknown_job_is_one_clear_line(job, experiment, name, message):
