@@ -8,10 +8,9 @@ row of cells and not a kernel's tile, so that any kernel's tiles can be derived 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +23,9 @@ _CHUNK_POSITIONS = 1 << 21
 # Cells whose state, one byte each, is held at once; rectangles that the test is asked about at once.
 _CHUNK_CELLS = 1 << 22
 _CHUNK_STATES = 1 << 20
-# Cells that compiled code looks into at once: it keeps their words, 32 bytes each, and no positions.
+# Cells whose places are held at once, 8 bytes each; cells that compiled code looks into at once: it keeps their words, 32 bytes
+# each, and no positions.
+_CHUNK_OPEN = 1 << 21
 _CHUNK_COMPILED = 1 << 18
 
 
@@ -163,23 +164,20 @@ def lists_from_pattern(
 
 # What a rectangle of cells is known to be.
 _EMPTY, _FULL, _OPEN = 0, 1, 2
-# Edges, in cells, of the rectangles that the test is asked about: only those it leaves open are cut further.
-_EDGES = (16, 4, 1)
+# Edge, in cells, of the rectangles that the test is asked about first: only those it leaves open are asked about cell by cell.
+# More levels would save work that is smaller than the launches they cost.
+_EDGE = 4
 
 
 def states_of(bounds: Bounds, first: int, last: int, q_len: int, kv_len: int, device: torch.device) -> Tensor:
     """Uint8 (last - first, cols): what the rectangle test knows of each cell of a band of strips."""
-    strips, cols, edge = last - first, n_cols(kv_len), _EDGES[0]
+    strips, cols = last - first, n_cols(kv_len)
     if strips == 0 or cols == 0:
         return torch.zeros(strips, cols, dtype=torch.uint8, device=device)
-    rows, columns = -(-strips // edge), -(-cols // edge)
-    row = torch.arange(rows, device=device)[:, None]
-    col = torch.arange(columns, device=device)[None, :]
-    states = _ask(bounds, row, col, edge, first, q_len, kv_len)
-    for edge, finer in pairwise(_EDGES):
-        states = _refined(
-            states, edge // finer, lambda row, col, e=finer: _ask(bounds, row, col, e, first, q_len, kv_len)
-        )
+    row = torch.arange(-(-strips // _EDGE), device=device)[:, None]
+    col = torch.arange(-(-cols // _EDGE), device=device)[None, :]
+    coarse = _ask(bounds, row, col, _EDGE, first, q_len, kv_len)
+    states = _refined(coarse, _EDGE, lambda row, col: _ask(bounds, row, col, 1, first, q_len, kv_len))
     return states[:strips, :cols].contiguous()
 
 
@@ -225,9 +223,8 @@ def _piece_from_rule(
     kept = [((states == _FULL).sum(1) * queries).sum() * CELL]
     words = []
     inspect, step = (_inspect_compiled(), _CHUNK_COMPILED) if compiled else (_inspect, _CHUNK_POSITIONS // CELL**2)
-    for part in (flat == _OPEN).nonzero().flatten().split(step):
-        strip = part // cols
-        bits, any_kept, all_kept, n = inspect(rule, *at, strip + first, part - strip * cols, q_len, kv_len)
+    for part in _open_cells(flat, step):
+        bits, any_kept, all_kept, n = inspect(rule, *at, part, cols, first, q_len, kv_len)
         partial = any_kept & ~all_kept
         flat[part] = all_kept.to(torch.uint8) * _FULL + partial.to(torch.uint8) * _OPEN
         words.append(bits[partial])
@@ -239,10 +236,20 @@ def _piece_from_rule(
     return _Piece(per_strip, listed.remainder_(max(1, cols)).to(torch.int32), full, bits, torch.stack(kept).sum())
 
 
+def _open_cells(flat: Tensor, step: int) -> Iterator[Tensor]:
+    """Places of the open cells, up to ``step`` at a time."""
+    for at in range(0, flat.numel(), _CHUNK_OPEN):
+        found = (flat[at : at + _CHUNK_OPEN] == _OPEN).nonzero().flatten()
+        if found.numel():
+            yield from (found.add_(at) if at else found).split(step)
+
+
 def _inspect(
-    rule: MaskMod, b: Tensor, h: Tensor, strip: Tensor, col: Tensor, q_len: int, kv_len: int
+    rule: MaskMod, b: Tensor, h: Tensor, place: Tensor, cols: int, first: int, q_len: int, kv_len: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Words (n, 16) of the given cells, whether anything and whether everything of each is kept, and how many positions."""
+    """Words (n, 16) of the cells at these places of a band, whether anything and whether all of each is kept, and positions."""
+    strip = place // cols
+    col, strip = place - strip * cols, strip + first
     cells = _look_into(rule, b, h, strip, col, q_len, kv_len)
     words = _pack(cells)
     full = words == -1
