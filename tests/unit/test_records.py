@@ -142,7 +142,7 @@ def test_older_code_is_listed_with_what_changed(results, capsys, monkeypatch):
     monkeypatch.setattr(code, "normalized_source", edited)
     assert call("stale", "--results", results) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list((results / "recorded/cpu/mha").glob("*.csv")))  # every method is timed by it
+    assert len(lines) == 3  # every one of them is timed by it
     assert re.search(
         r"sdpa\.csv: measured with code \w{12}, today's is \w{12} \(changed: benchmarking/timing\.py\)", lines[0]
     )
