@@ -35,8 +35,14 @@ BROKEN = SOURCE.replace("gelu(", "no_such_function(")
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("STOF_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton_cache"))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return tmp_path
+
+
+def compilers(monkeypatch, processes):
+    """A pool whose processes compile; this one keeps interpreting, as for all other tests, in what it has loaded."""
+    with monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        return CompilerPool(processes)
 
 
 def launch(source=SOURCE, monkeypatch=None):
@@ -58,7 +64,7 @@ def test_a_task_says_all_that_a_compiler_needs(monkeypatch):
 
 def test_processes_compile_into_the_cache_on_disk(monkeypatch, folder):
     task = launch(monkeypatch=monkeypatch).task
-    with CompilerPool(processes=2) as pool:
+    with compilers(monkeypatch, 2) as pool:
         first, again = pool.submit(task), pool.submit(task)
         failing = pool.submit(launch(BROKEN, monkeypatch).task)
         assert first is again
@@ -79,7 +85,7 @@ def test_without_processes_nothing_is_compiled_ahead(monkeypatch, folder):
 
 
 def test_a_process_that_dies_costs_only_the_time(monkeypatch):
-    pool = CompilerPool(processes=1)
+    pool = compilers(monkeypatch, 1)
     for worker in pool._workers:
         worker.kill()
         worker.wait()
@@ -98,7 +104,7 @@ def test_a_compiler_that_does_not_end_is_not_waited_for():
 
 
 def test_what_waits_when_a_pool_ends_is_dropped(monkeypatch):
-    pool = CompilerPool(processes=1)
+    pool = compilers(monkeypatch, 1)
     task = launch(monkeypatch=monkeypatch).task
     futures = [pool.submit({**task, "warps": w}, rank=float(w)) for w in (1, 2, 4, 8)]
     pool.close()
