@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from stof_kernels import SparseMask
+from stof_kernels.formats.layout import most_tiles
 
 SHAPES = [  # block, q_len, kv_len
     (64, 256, 256),
@@ -62,6 +65,34 @@ def test_bad_blocks_are_one_clear_line(table: torch.Tensor, block: int, message:
     with pytest.raises(ValueError, match=message) as error:
         mask.update_blocks_(table, block)
     assert "\n" not in str(error.value)
+
+
+def tiles_of(keep: torch.Tensor, q_tile: int) -> tuple[int, int]:
+    """Key tiles of packed 16-key columns, and those of them that are not full, by the format's definition."""
+    planes, q_len, kv_len = keep.flatten(0, 1).shape
+    padded = torch.zeros(planes, -(-q_len // q_tile) * q_tile, -(-kv_len // 16) * 16, dtype=torch.bool)
+    padded[:, :q_len, :kv_len] = keep.flatten(0, 1)
+    cells = padded.view(planes, -1, q_tile, padded.shape[2] // 16, 16).transpose(2, 3)
+    no_query = (torch.arange(padded.shape[1]) >= q_len).view(1, -1, 1, q_tile, 1)
+    listed, full = cells.any(-1).any(-1).sum(-1), (cells | no_query).all(-1).all(-1).sum(-1)
+    tiles = (listed + 3) // 4
+    return int(tiles.sum()), int((tiles - full // 4).sum())
+
+
+@pytest.mark.parametrize("q_tile", [64, 128])
+@pytest.mark.parametrize("block", [16, 48, 64, 128, 192, 256])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(512, 512), (300, 528), (65, 1000), (511, 17)])
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_buffers_have_room_for_every_table(q_tile: int, block: int, q_len: int, kv_len: int, share: float) -> None:
+    table = tables(block, q_len, kv_len, share=share)
+    mask = SparseMask.from_blocks(table, block, q_len, kv_len)
+    room = replace(mask, cell_col=mask.cell_col[: max(1, int(mask.counts[0]))], fixed=True, block=block)
+    tiles, slots = most_tiles(room, q_tile)
+    used = tiles_of(mask.to_dense(), q_tile)
+    assert used[0] <= tiles
+    assert used[1] <= slots
+    if block == q_tile == 64 and q_len % 64 == kv_len % 64 == 0:
+        assert tiles == int(table.sum())
 
 
 @pytest.mark.gpu

@@ -60,19 +60,21 @@ def derive(mask: SparseMask, config: KernelConfig, copies: int) -> Layout:
 
 def most_tiles(mask: SparseMask, q_tile: int) -> tuple[int, int]:
     """How many key tiles, and how many of them with a bitmap, a mask of fixed capacity can need for a query tile."""
-    query_tiles = mask.batch * mask.heads * -(-mask.q_len // q_tile)
-    cols = -(-mask.kv_len // TILE_KEYS)
-    everything = query_tiles * cols
-    if mask.block % TILE_KEYS or mask.block % q_tile:
+    planes, cols = mask.batch * mask.heads, -(-mask.kv_len // TILE_KEYS)
+    everything = planes * -(-mask.q_len // q_tile) * cols
+    side = min(mask.block, q_tile)  # rows that a query tile and a block share
+    if mask.block % TILE_KEYS or max(mask.block, q_tile) % side:
         # A packed tile of four runs holds at least one cell.
         tiles = min(mask.capacity, everything)
         return tiles, tiles
-    # Whole blocks fill their tiles, but for those that the end of the queries cuts, and one of each query tile that the end
-    # of the keys does.
-    cut_rows = mask.batch * mask.heads * cols if mask.q_len % q_tile else 0
-    cut_cols = query_tiles if mask.kv_len % TILE_KEYS else 0
-    whole = mask.capacity // (q_tile // CELL * (TILE_KEYS // CELL))
-    return min(whole + cut_rows + cut_cols, everything), min(max(1, cut_cols), max(1, everything))
+    # Whole blocks fill their tiles, but for those that the end of the queries cuts, and one of each row of blocks, or query
+    # tile, that the end of the keys does.
+    whole = mask.capacity // (side // CELL * (TILE_KEYS // CELL))
+    cut_rows = planes * cols if mask.q_len % side else 0
+    cut_cols = planes * -(-mask.q_len // side) if mask.kv_len % TILE_KEYS else 0
+    tiles = min(whole + cut_rows + cut_cols, everything)
+    # Rows of blocks that share a query tile need bitmaps to tell their columns apart.
+    return tiles, min(tiles if q_tile > mask.block else max(1, cut_cols), max(1, everything))
 
 
 def tile_stats(mask: SparseMask) -> tuple[TileStats, ...]:
