@@ -31,6 +31,9 @@ from .templates.compiler import CompilerPool
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+_SEARCH_SHARE = 0.9  # of a budget, from the capture on; the rest is for checking and capturing the plan
+
+
 class FallbackWarning(UserWarning):
     """A call or a model runs as it is instead of tuned; the text says why."""
 
@@ -122,7 +125,7 @@ def optimize(
         raise TypeError(f"optimize: example_inputs is {type(example_inputs).__name__}, allowed: a tuple, list or dict")
     args, kwargs = ((), example_inputs) if isinstance(example_inputs, dict) else (tuple(example_inputs), {})
     settings = SearchSettings(budget_s=budget_s, seed=seed, templates=templates)
-    clock = Clock(settings.budget_s)
+    clock = Clock(_SEARCH_SHARE * settings.budget_s)
     try:
         with _collection_paused():
             captured = capture(model, args, kwargs)
@@ -162,7 +165,7 @@ def compile_graph(
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _as_it_is(graph_module, "gradients are wanted, the tuned graph is forward only")
     settings = SearchSettings(**options)
-    clock = Clock(settings.budget_s)
+    clock = Clock(_SEARCH_SHARE * settings.budget_s)
     try:
         captured = capture_graph(graph_module, inputs)
         with torch.no_grad():

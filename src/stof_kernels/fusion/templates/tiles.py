@@ -54,28 +54,25 @@ def candidates(
         for n in (16, 32, 64, 128, 256):
             if m > max(16, power_of_two(rows)) or n > power_of_two(columns) or m * n * count > 128 * 256 or m * n < 512:
                 continue
-            ranked.append((_cost(m, n, rows, columns, depth, count, sides, size, device), m, n))
+            blocks = -(-rows // m) * -(-columns // n) * sides
+            ranked.append((_cost(m, n, blocks, depth, count, size, device), m, n, blocks > device.multiprocessors))
     found: list[Setting] = []
-    for _, m, n in sorted(ranked):
-        found += _variants(m, n, depth, count, size, device)
+    for _, m, n, many in sorted(ranked):
+        found += _variants(m, n, depth, count, size, device, many)
     return found[:most]
 
 
-def _cost(
-    m: int, n: int, rows: int, columns: int, depth: int, count: int, sides: int, size: int, device: Device
-) -> float:
-    blocks = -(-rows // m) * -(-columns // n) * sides
+def _cost(m: int, n: int, blocks: int, depth: int, count: int, size: int, device: Device) -> float:
     efficiency = _EFFICIENCY.get(min(m, n * count, 256), 0.5) if m >= 64 else 0.25
     work = 2 * m * n * count * depth / (_FLOP_PER_US * efficiency)
     moved = (m + n * count) * depth * size / _BYTES_PER_US
     return -(-blocks // device.multiprocessors) * max(work, moved) + _LATENCY_US
 
 
-def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device) -> list[Setting]:
-    """Two ways to feed a tile: the deepest pipeline of usual steps, and one of longer or fewer steps."""
-    large = m * n * count >= 128 * 128
+def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device, many: bool) -> list[Setting]:
+    """Two ways to feed a tile: short pipelines where several blocks share a multiprocessor, deep ones where one is alone."""
     warps = 8 if m * n * count > 64 * 128 and m >= 64 else 4
-    ways = ((64, 3), (64, 4)) if large else ((64, 5), (128, 4))
+    ways = ((64, 3), (64, 4)) if many or m * n * count >= 128 * 128 else ((64, 5), (128, 4))
     found = []
     for step, stages in ways:
         step = min(step, power_of_two(depth))
