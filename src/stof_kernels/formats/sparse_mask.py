@@ -35,7 +35,7 @@ class SparseMask:
     - ``counts`` int64 (4): listed cells, bit rows in use, kept positions over all planes, overflow (0 or 1);
     - ``layout``: what `prepare` derived for a compiled call, or None.
 
-    Capacities are rounded up to powers of two, so that masks of one shape class have the same tensor shapes and a new mask does
+    What lies past the listed cells and the bit rows in use is undefined. Capacities are rounded up to powers of two, so that masks of one shape class have the same tensor shapes and a new mask does
     not recompile a compiled model.
     """
 
@@ -168,11 +168,11 @@ class SparseMask:
         if capacity is not None and block > cells.CELL:
             n_bits = min(n_bits, strips if kv_len % cells.CELL else 1)
         return cls(
-            strip_ptr=torch.zeros(strips + 1, dtype=torch.int32, device=device),
-            cell_col=torch.zeros(n_cells, dtype=torch.int32, device=device),
-            cell_slot=torch.full((n_cells,), -1, dtype=torch.int32, device=device),
-            cell_bits=torch.zeros(n_bits, cells.CELL, dtype=torch.int16, device=device),
-            counts=torch.zeros(4, dtype=torch.int64, device=device),
+            strip_ptr=torch.empty(strips + 1, dtype=torch.int32, device=device),
+            cell_col=torch.empty(n_cells, dtype=torch.int32, device=device),
+            cell_slot=torch.empty(n_cells, dtype=torch.int32, device=device),
+            cell_bits=torch.empty(n_bits, cells.CELL, dtype=torch.int16, device=device),
+            counts=torch.empty(4, dtype=torch.int64, device=device),
             q_len=q_len,
             kv_len=kv_len,
             batch=batch,
