@@ -15,7 +15,7 @@ from torch import nn
 
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
-from stof_kernels.fusion.templates import TEMPLATES
+from stof_kernels.fusion.templates import TEMPLATES, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -257,6 +257,69 @@ def test_half_precision_is_no_worse_than_eager(case):
     for a, b, w in zip(got, eager, want, strict=True):
         assert a.dtype == torch.float16
         assert (a.float() - w).abs().max() <= max(5e-3, 1.25 * (b.float() - w).abs().max())
+
+
+@triton
+def test_the_overflow_guard_of_float16_is_one_operator():
+    """T5's: infinities become the largest number less 1000, everything else stays."""
+
+    def guarded(m, x, y):
+        z = x + y
+        largest = torch.finfo(z.dtype).max
+        bound = torch.where(torch.isinf(z).any(), largest - 1000, largest)
+        return torch.clamp(z, min=-bound, max=bound)
+
+    module = Fn(guarded).eval()
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    y = torch.zeros_like(x)
+    for value, place in ((math.inf, 3), (-math.inf, 5), (math.nan, 7), (65504.0, 9)):
+        y[0, place] = value
+    x[0, 9] = 64.0  # the sum is beyond float16: an infinity as well
+    found = graph.build(capture(module, (x, y)))
+    segment = segments.cut(found, range(len(found.ops)))
+    assert str(segment) == "add + clamp"
+    run = TEMPLATES["rowwise"].build(segment, TEMPLATES["rowwise"].settings(segment)[0])
+    torch.testing.assert_close(run(x, y)[0], guarded(None, x, y), rtol=0, atol=0, equal_nan=True)
+    # Bounds that are something else are no such guard.
+    other = Fn(lambda m, x, y: torch.clamp(x + y, min=-y.abs(), max=y.abs())).eval()
+    found = graph.build(capture(other, (x, y)))
+    assert TEMPLATES["rowwise"].supports(segments.cut(found, range(len(found.ops)))) is not None
+
+
+@triton
+def test_an_embedding_reads_its_rows_and_a_wrong_index_is_nan():
+    module = Fn(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(20, 40), n=nn.LayerNorm(40)).eval().to(DEVICE)
+    ids = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = graph.build(capture(module.requires_grad_(False), (ids,)))
+    segment = segments.cut(found, range(len(found.ops)))
+    named = {n: ids for n in found.graph_module.graph.nodes if n.op == "placeholder"}
+    run = TEMPLATES["rowwise"].build(segment, TEMPLATES["rowwise"].settings(segment)[0])
+    inputs = [tensor_of(node, found, named) for node in segment.sources]
+    torch.testing.assert_close(run(*inputs)[0], module(ids), rtol=1e-5, atol=1e-5)
+    ids[0, 2], ids[1, 4] = 20, -1
+    assert run(*inputs)[0].isnan().any(-1).nonzero().tolist() == [[0, 2], [1, 4]]
+
+
+H200 = tiles.Device(multiprocessors=132, shared=232448)
+
+
+@pytest.mark.parametrize("rows", [1, 122, 128, 4096, 32416])
+@pytest.mark.parametrize(
+    ("columns", "depth", "count", "sides"), [(768, 768, 1, 3), (2816, 1024, 2, 1), (200, 72, 1, 1)]
+)
+def test_every_tile_fits_the_card(rows, columns, depth, count, sides):
+    found = [dict(s) for s in tiles.candidates(rows, columns, depth, count, sides, 2, H200)]
+    assert 0 < len(found) <= 12
+    for s in found:
+        assert (s["BM"] + s["BN"] * count) * s["BK"] * 2 * s["stages"] <= H200.shared
+        assert s["BM"] * s["BN"] * count <= 128 * 256  # float32 accumulators of eight warps
+        assert s["BM"] * s["BN"] * count / (32 * s["warps"]) <= 128
+        assert s["BM"] <= max(16, tiles.power_of_two(rows))
+    best = found[0]
+    if rows >= 4096 and sides == 3:
+        assert (best["BM"], best["BN"]) == (128, 128)
+    if rows == 128 and sides == 3:  # more blocks than one column of tall tiles would give
+        assert -(-rows // best["BM"]) * -(-columns // best["BN"]) * sides >= 66
 
 
 @triton
