@@ -35,8 +35,8 @@ class SparseMask:
     - ``counts`` int64 (4): listed cells, bit rows in use, kept positions over all planes, overflow (0 or 1);
     - ``layout``: what `prepare` derived for a compiled call, or None.
 
-    What lies past the listed cells and the bit rows in use is undefined. Capacities are rounded up to powers of two, so that masks of one shape class have the same tensor shapes and a new mask does
-    not recompile a compiled model.
+    What lies past the listed cells and the bit rows in use is undefined. Capacities are rounded up to powers of two, so that
+    masks of one shape class have the same tensor shapes and a new mask does not recompile a compiled model.
     """
 
     strip_ptr: Tensor
