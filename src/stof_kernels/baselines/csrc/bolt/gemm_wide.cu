@@ -1,0 +1,5 @@
+#include "launch.cuh"
+
+namespace stof::bolt {
+STOF_BOLT_SM80_WIDE(STOF_BOLT_COMPILE)
+}
