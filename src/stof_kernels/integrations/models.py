@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import settings
 from ..formats import SparseMask
 from ..masks import Pattern, causal, full, get
 from . import transformers as stof_transformers
@@ -217,14 +219,19 @@ def randomise_(model: nn.Module, seed: int) -> nn.Module:
     A model straight from its config has zero biases, unit norm weights and nearly uniform attention: an output that lost a bias
     or used a wrong mask would pass for right.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+
+    def draw(item: tuple[int, tuple[str, nn.Parameter]]) -> None:
+        # A generator for each parameter, so that they can be drawn side by side: one has only a core's worth of numbers.
+        i, (name, parameter) = item
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+        with torch.no_grad():
             if parameter.dim() >= 2:
                 parameter.copy_(noise * _gain(name, parameter))
             else:
                 parameter.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+
+    with ThreadPoolExecutor(settings.max_build_jobs()) as pool:
+        list(pool.map(draw, enumerate(model.named_parameters())))
     return model
 
 
