@@ -18,8 +18,9 @@ from stof_kernels.baselines import Unsupported, models, pairs, registry
 from stof_kernels.baselines.models import ModelProblem, ModelReady, run_variant
 from stof_kernels.baselines.models import registry as model_registry
 from stof_kernels.benchmarking import experiments, model_caches, model_memory, model_subject, runner
-from stof_kernels.benchmarking.measurement import read_rows
+from stof_kernels.benchmarking.measurement import Measurement, read_rows, write_rows
 from stof_kernels.benchmarking.model_problems import METRICS, ProblemError, model_problems, pair_problems
+from stof_kernels.benchmarking.records import busy_cells
 from stof_kernels.benchmarking.runner import run_job
 from stof_kernels.figures import style
 from stof_kernels.fusion import motivation
@@ -300,6 +301,26 @@ def test_a_run_that_failed_is_shared_as_such(job, fake):
     job(id)
     (row,), _ = job(id, experiment="tuning_cost", shared="end_to_end")
     assert (row.status, row.metric, row.unit, row.note) == ("unsupported", "tuning_time", "s", "has no such layer")
+
+
+def test_controls_are_compared_within_a_model(tmp_path):
+    def table(method, times):
+        shared = {
+            "experiment": "end_to_end",
+            "gpu": "cpu",
+            "method": method,
+            "mask": "bigbird",
+            "batch": 1,
+            "seq_len": 64,
+        }
+        rows = [Measurement(**shared, model=m, metric="control_time", median=t) for m, t in times.items()]
+        write_rows(tmp_path / f"{method}.csv", rows)
+        return tmp_path / f"{method}.csv"
+
+    first, second = table("sdpa", {"bert_base": 10.0, "bert_large": 30.0}), table("stof", {"bert_large": 31.0})
+    assert busy_cells([first, second]) == []
+    (found,) = busy_cells([first, table("stof", {"bert_large": 60.0})])
+    assert found == "end_to_end bert_large:1x64: the control took 2.0x longer beside stof than beside sdpa"
 
 
 # ---- caches and memory -----------------------------------------------------------------------------------------------

@@ -43,12 +43,16 @@ class PairProblem:
 
 @dataclass(frozen=True)
 class PairReady:
-    """A pair ready to be timed: ``run()`` gives its output, ``apart()`` the eager operators', ``reference`` is in fp32."""
+    """A pair ready to be timed: ``run()`` gives its output, ``apart()`` the eager operators', ``reference`` is in fp32.
+
+    ``note`` names the kernels, ``control`` says what ``apart`` runs.
+    """
 
     run: Callable[[], Tensor]
     apart: Callable[[], Tensor]
     reference: Tensor
     note: str
+    control: str
 
 
 def _prepare(problem: PairProblem, way: str, wide: bool) -> PairReady:
@@ -64,7 +68,8 @@ def _prepare(problem: PairProblem, way: str, wide: bool) -> PairReady:
     if found.run is None:
         raise Unsupported(found.how)
     run = found.run
-    return PairReady(lambda: run()[0], lambda: graph.graph_module(*inputs)[0], reference, found.how)
+    control = f"eager operators one by one on {tuple(inputs[0].shape)}"
+    return PairReady(lambda: run()[0], lambda: graph.graph_module(*inputs)[0], reference, found.how, control)
 
 
 def _add(way: str, label: str, rank: int, wide: bool) -> None:

@@ -35,5 +35,5 @@ def _measure(problem: PairProblem, job: Measured) -> list[Measurement]:
     checked = {"rel_err": float(f"{error:.3g}"), "note": note}
     return [
         job.row(problem, "device_time", **numbers_of(timing), **checked),
-        job.row(problem, "control_time", **numbers_of(beside), note="eager operators one by one"),
+        job.row(problem, "control_time", **numbers_of(beside), note=ready.control),
     ]

@@ -136,16 +136,22 @@ def busy_cells(tables: list[Path]) -> list[str]:
     for path in tables:
         for row in read_rows(path):
             if row.metric == "control_time" and row.median:
-                cell = (row.experiment, row.mask, row.batch, row.seq_len)
-                controls.setdefault(cell, {})[row.method] = row.median
+                what = (
+                    row.experiment,
+                    row.mask or row.operator,
+                    row.batch,
+                    row.seq_len,
+                    row.model,
+                    row.hidden,
+                    row.note,
+                )
+                controls.setdefault(what, {})[row.method] = row.median
     found = []
-    for (experiment, mask, batch, seq_len), times in controls.items():
+    for (experiment, name, batch, seq_len, model, *_), times in controls.items():
         low, high = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
         if times[high] > _BUSY * times[low]:
-            ratio = times[high] / times[low]
-            found.append(
-                f"{experiment} {mask}:{batch}x{seq_len}: the control took {ratio:.1f}x longer beside {high} than beside {low}"
-            )
+            ratio, cell = times[high] / times[low], f"{model or name}:{batch}x{seq_len}"
+            found.append(f"{experiment} {cell}: the control took {ratio:.1f}x longer beside {high} than beside {low}")
     return found
 
 
