@@ -269,6 +269,15 @@ def test_repeated_calls_in_a_graph_are_noticed_by_updates():
         mask.update_(torch.rand(128, 128, device="cuda") < 0.5)
 
 
+def test_more_keys_than_a_layout_holds():
+    q, k, v = qkv(heads=2, q_len=20, kv_len=(1 << 20) + 40)
+    table = torch.zeros(1, -(-k.shape[2] // 64), device="cuda").bool()
+    table[:, ::4001] = True
+    mask = stof.SparseMask.from_blocks(table, 64, 20, k.shape[2])
+    assert stof.plan(q, k, mask).config.kernel == planner.ROW_WISE
+    assert_right(stof.sparse_attention(q, k, v, mask), None, q, k, v, mask.to_dense())
+
+
 @pytest.mark.parametrize("family", stof.masks.FAMILIES)
 def test_rules_on_the_device_equal_rules_on_the_host(family):
     pattern = stof.masks.get(family, 1100)

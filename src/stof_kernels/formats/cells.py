@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..kernels import raw
 from ..masks import Bounds, MaskMod, Pattern
 
 CELL = 16
@@ -299,8 +300,10 @@ def repeat_planes(lists: CellLists, planes: int) -> CellLists:
 def lists_from_blocks(keep_blocks: Tensor, block: int, q_len: int, kv_len: int) -> CellLists:
     """Cell lists of bool (Bm, Hm, ceil(Lq/block), ceil(Lk/block)) whole blocks; ``block`` is a multiple of 16.
 
-    Work and memory are those of the listed cells, not of the matrix.
+    Work and memory are those of the listed cells, not of the matrix. On a GPU one small read-back sizes them.
     """
+    if keep_blocks.is_cuda:
+        return CellLists(*raw.build_blocks(keep_blocks, block, q_len, kv_len))
     device, ratio, cols = keep_blocks.device, block // CELL, n_cols(kv_len)
     table = keep_blocks.flatten(0, 1)
     planes, block_rows, _ = table.shape

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import raw
-from ..planner import BLOCK_WISE, KernelConfig, TileStats
-from .cells import CELL
+from ..planner import BLOCK_WISE, KernelConfig, MaskStats, TileStats
+from .cells import CELL, n_cols, n_strips
 
 if TYPE_CHECKING:
     from .sparse_mask import SparseMask
@@ -19,6 +19,8 @@ TILE_KEYS = 64
 """Keys of a packed tile of the CUDA block-wise kernel: four runs of 16."""
 Q_TILES = (64, 128)
 """Its query tiles."""
+MOST_KEYS = 1 << 20
+"""Keys that its layout can have; longer masks are for the row-wise kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,27 +79,41 @@ def most_tiles(mask: SparseMask, q_tile: int) -> tuple[int, int]:
     return tiles, min(tiles if q_tile > mask.block else max(1, cut_cols), max(1, everything))
 
 
-def tile_stats(mask: SparseMask) -> tuple[TileStats, ...]:
-    """Key tiles for each query tile that a CUDA kernel has, of full buffers: for a mask of fixed capacity."""
-    longest = -(-mask.kv_len // TILE_KEYS)
-    return tuple(TileStats(q_tile, most_tiles(mask, q_tile)[0], longest) for q_tile in Q_TILES)
+def stats_of(mask: SparseMask) -> MaskStats:
+    """What the planner needs to know: of full buffers for a mask of fixed capacity, else by one small read-back."""
+    planes = mask.batch * mask.heads
+    strips, cols = planes * n_strips(mask.q_len), n_cols(mask.kv_len)
+    tiles: tuple[TileStats, ...] = ()
+    if mask.fixed:
+        listed = min(mask.capacity, strips * cols)
+        partial, kept = min(listed, mask.cell_bits.shape[0]), listed * CELL**2
+        if mask.device.type == "cuda":
+            longest = -(-mask.kv_len // TILE_KEYS)
+            tiles = tuple(TileStats(q_tile, most_tiles(mask, q_tile)[0], longest) for q_tile in Q_TILES)
+    elif mask.device.type == "cuda":
+        listed, partial, kept, tiles = _read_back(mask)
+    else:
+        listed, _, kept, _ = mask.counts.tolist()
+        partial = int((mask.cell_slot[:listed] >= 0).sum())
+    return MaskStats(listed, partial, kept, strips, cols, planes, tiles)
 
 
-def read_stats(mask: SparseMask) -> tuple[int, int, int, tuple[TileStats, ...]]:
-    """Listed cells, partial ones, kept positions and key tiles of a compact mask on CUDA, by one small read-back."""
+def _read_back(mask: SparseMask) -> tuple[int, int, int, tuple[TileStats, ...]]:
+    """Listed cells, partial ones, kept positions and key tiles of a compact mask on CUDA."""
     sizes = mask.q_len, mask.kv_len, mask.batch * mask.heads
     # Lists that are repeated for every plane share their bit rows, so partial cells are counted and not their rows.
     listed = torch.arange(mask.capacity, device=mask.device) < mask.counts[0]
     partial = ((mask.cell_slot >= 0) & listed).sum().view(1)
-    headers = [raw.layout_sizes(*mask.lists.tensors, *sizes, q_tile) for q_tile in Q_TILES]
+    q_tiles = Q_TILES if mask.kv_len <= MOST_KEYS else ()
+    headers = [raw.layout_sizes(*mask.lists.tensors, *sizes, q_tile) for q_tile in q_tiles]
     numbers = torch.cat([mask.counts, partial, *headers]).tolist()
     # A header is {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}.
-    tiles = (numbers[5 + 8 * i : 13 + 8 * i] for i in range(len(Q_TILES)))
+    tiles = (numbers[5 + 8 * i : 13 + 8 * i] for i in range(len(q_tiles)))
     return (
         numbers[0],
         numbers[4],
         numbers[2],
-        tuple(TileStats(q_tile, header[3], header[5]) for q_tile, header in zip(Q_TILES, tiles, strict=True)),
+        tuple(TileStats(q_tile, header[3], header[5]) for q_tile, header in zip(q_tiles, tiles, strict=True)),
     )
 
 

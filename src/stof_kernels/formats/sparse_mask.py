@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..kernels import raw
 from ..masks import MaskMod, Pattern, predicate
-from ..planner import AttentionProblem, KernelConfig, MaskStats, Plan, TileStats, choose
+from ..planner import AttentionProblem, KernelConfig, MaskStats, Plan, choose
 from . import cells
 from .arguments import block_table, buffer_sizes, check_sizes, four_dims
 from .cells import CellLists
 from .device import device_spec
 from .integrity import damage
-from .layout import Layout, derive, read_stats, refresh, tile_stats
+from .layout import Layout, derive, refresh, stats_of
 
 TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts")
 """Fields that hold the canonical lists."""
@@ -128,10 +128,8 @@ class SparseMask:
             # Its edges cut cells, so their positions are looked at.
             rule = predicate(lambda b, h, q, kv: table[b, h, q // block, kv // block], name="blocks")
             lists = cells.lists_from_pattern(rule, q_len, kv_len, batch, heads, table.device)
-        elif not table.is_cuda:
+        elif capacity is None or not table.is_cuda:
             lists = cells.lists_from_blocks(table, block, q_len, kv_len)
-        elif capacity is None:
-            lists = CellLists(*raw.build_blocks(table, block, q_len, kv_len))
         else:
             # Nothing may be read back here, as in `from_dense`.
             mask = cls._empty((batch, heads, q_len, kv_len), table.device, capacity, (0, 0), name, block)
@@ -221,10 +219,13 @@ class SparseMask:
             self._build_in_place(table, block)
             for (config, copies), layout in self._layouts.items():
                 refresh(self, layout, config, copies)
+        elif block is None:
+            self._update_compact(CellLists(*raw.build_cells(table)))
         else:
-            exact = CellLists(*raw.build_cells(table)) if block is None else self._lists_of_blocks(table, block)
-            self._update_compact(exact)
-        self._forget_content()
+            self._update_compact(cells.lists_from_blocks(table, block, self.q_len, self.kv_len))
+        if not self.fixed:  # plans of a fixed mask come from its shape and capacity and stay
+            self._cache.clear()
+            self.calls.clear()
         self.name = name
         return self
 
@@ -234,12 +235,6 @@ class SparseMask:
             raw.build_cells_out(table, *self.lists.tensors)
         else:
             raw.build_blocks_out(table, block, self.q_len, self.kv_len, *self.lists.tensors)
-
-    def _lists_of_blocks(self, table: Tensor, block: int) -> CellLists:
-        """Exact lists of a table of blocks, built where it lies."""
-        if table.is_cuda:
-            return CellLists(*raw.build_blocks(table, block, self.q_len, self.kv_len))
-        return cells.lists_from_blocks(table, block, self.q_len, self.kv_len)
 
     def _update_compact(self, lists: CellLists) -> None:
         """Take over exact-size lists whose sizes are known on the host."""
@@ -271,12 +266,6 @@ class SparseMask:
         self.cell_slot[:n].copy_(lists.cell_slot)
         self.cell_bits[:n_bits].copy_(lists.cell_bits)
 
-    def _forget_content(self) -> None:
-        """Drop what was computed from the content; plans of a fixed mask come from its shape and capacity and stay."""
-        if not self.fixed:
-            self._cache.clear()
-            self.calls.clear()
-
     @property
     def _layouts(self) -> dict[tuple[KernelConfig, int], Layout]:
         return self._cache.setdefault("layouts", {})
@@ -290,19 +279,15 @@ class SparseMask:
         """Raise ValueError if the mask overflowed its fixed capacity or its lists are damaged; returns the mask."""
         listed, bit_rows, _, overflow = self.counts.tolist()
         if overflow:
+            room = f"{self.capacity} cells" + (f" in whole blocks of {self.block}" if self.block > cells.CELL else "")
             raise ValueError(
                 f"mask {self.name}: {listed} non-empty cells ({bit_rows} partial) do not fit the fixed capacity of "
-                f"{self.capacity} cells{self._room}; results computed with it are NaN; build with a larger capacity="
+                f"{room}; results computed with it are NaN; build with a larger capacity="
             )
         problem = damage(self.lists, self.kv_len, listed, bit_rows)
         if problem:
             raise ValueError(f"mask {self.name}: {problem}")
         return self
-
-    @property
-    def _room(self) -> str:
-        """What else the buffers were sized for, as words."""
-        return f" in whole blocks of {self.block}" if self.block > cells.CELL else ""
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -334,19 +319,7 @@ class SparseMask:
         plans come from shape and capacity alone.
         """
         if "stats" not in self._cache:
-            planes = self.batch * self.heads
-            strips, cols = planes * cells.n_strips(self.q_len), cells.n_cols(self.kv_len)
-            tiles: tuple[TileStats, ...] = ()
-            if self.fixed:
-                n = min(self.capacity, strips * cols)
-                listed, partial, kept = n, min(n, self.cell_bits.shape[0]), n * cells.CELL**2
-                tiles = tile_stats(self) if self.device.type == "cuda" else ()
-            elif self.device.type == "cuda":
-                listed, partial, kept, tiles = read_stats(self)
-            else:
-                listed, _, kept, _ = self.counts.tolist()
-                partial = int((self.cell_slot[:listed] >= 0).sum())
-            self._cache["stats"] = MaskStats(listed, partial, kept, strips, cols, planes, tiles)
+            self._cache["stats"] = stats_of(self)
         return self._cache["stats"]
 
     @property
