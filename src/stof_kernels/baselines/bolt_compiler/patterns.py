@@ -140,7 +140,7 @@ def _follower(layer: _Dense, dense: list[_Dense]) -> _Dense | None:
 
 
 def _combine(graph: fx.Graph, weights: _Weights, report: Report) -> None:
-    """Dense layers that read one input, one behind the other, with no activation of the patterns: one product of all columns."""
+    """Dense layers that read one input, one behind the other, without a pattern's activation: one product of all columns."""
     run: list[fx.Node] = []
     for node in [*graph.nodes, None]:
         if node is not None and (node.op != "call_function" or node.target is not aten.linear.default):
