@@ -7,8 +7,8 @@
 namespace stof::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kBins = 256;  // lengths told apart by the order
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kBins = 512;  // lengths told apart by the order
 // Key tiles under which a cut costs more than it brings: each part is written and read. Where one block a multiprocessor
 // is all there is, the split shape deals a longer list among its warps without writing anything.
 constexpr int kMinChunk = 8, kMinChunkSplit = 16;
@@ -101,16 +101,16 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
   const int chunk = chunk_of(chunking, all_tiles, n), longest_item = min(longest, chunk);
 
   int parts = 0, combines = 0;
-#pragma unroll 2
+#pragma unroll 4
   for (int i = mine.begin + lane; i < mine.end; i += 32) {
     const Tile tile = read_tile(query_tiles, i, mine.end, chunk, longest_item);
     atomicAdd(&cursor[warp][tile.bin], tile.items);
     parts += tile.items > 1 ? tile.items : 0;
     combines += tile.items > 1;
   }
-  int64_t all_parts, all_combines;
-  int64_t part = before_warp<int64_t>(warp_sum(parts), shared, all_parts);  // its barriers also end the counting
-  int64_t combine = before_warp<int64_t>(warp_sum(combines), shared, all_combines);
+  int all_parts, all_combines;
+  int part = before_warp(warp_sum(parts), bin_sums, all_parts);  // its barriers also end the counting
+  int combine = before_warp(warp_sum(combines), bin_sums, all_combines);
   const int bin = kBins - 1 - static_cast<int>(threadIdx.x);  // longest first
   int in_bin = 0, items;
   for (int w = 0; w < kWarps && bin >= 0; ++w) in_bin += cursor[w][bin];
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
     const int64_t most = 0x7fffffff;  // far over any capacity
     const int64_t tile_here = first_tile + warp_exclusive_scan(tile.length, tile_sum);
     const int64_t slot_here = first_slot + warp_exclusive_scan(tile.length - tile.full, slot_sum);
-    const int64_t part_here = part + warp_exclusive_scan(tile.items > 1 ? tile.items : 0, part_sum);
-    const int64_t combine_here = combine + warp_exclusive_scan(static_cast<int>(tile.items > 1), combine_sum);
+    const int part_here = part + warp_exclusive_scan(tile.items > 1 ? tile.items : 0, part_sum);
+    const int combine_here = combine + warp_exclusive_scan(static_cast<int>(tile.items > 1), combine_sum);
     const Peers peers = peers_of(tile);
     const int at = tile.bin >= 0 ? cursor[warp][tile.bin] + peers.before : 0;
     __syncwarp();
@@ -139,12 +139,12 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
     if (tile.bin >= 0) {
       const Place place{i / per_plane, i % per_plane, static_cast<int>(min(tile_here, most)),
                         static_cast<int>(min(slot_here, most))};
-      write_items(tile, place, at, static_cast<int>(part_here), out);
+      write_items(tile, place, at, part_here, out);
       int* to = query_tiles + static_cast<int64_t>(i) * kQueryTileInts;
       to[2] = place.first_tile, to[3] = place.first_slot, to[4] = at, to[5] = tile.items;
       if (tile.items > 1 && combine_here < out.combine_capacity)
-        *reinterpret_cast<int4*>(out.combines + combine_here * kCombineInts) =
-            make_int4(place.tile, static_cast<int>(part_here), tile.items, place.plane);
+        *reinterpret_cast<int4*>(out.combines + static_cast<int64_t>(combine_here) * kCombineInts) =
+            make_int4(place.tile, part_here, tile.items, place.plane);
     }
     first_tile += tile_sum, first_slot += slot_sum, part += part_sum, combine += combine_sum;
   }
@@ -154,9 +154,8 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
                       (!measuring && (all_tiles > out.tile_capacity || all_slots > out.slot_capacity ||
                                       items > out.item_capacity || all_combines > out.combine_capacity));
     const int64_t most = 0x7fffffff;
-    const int values[kHeaderInts] = {items, static_cast<int>(all_parts), static_cast<int>(all_combines),
-                                     static_cast<int>(min(all_tiles, most)), static_cast<int>(min(all_slots, most)),
-                                     longest_item, over, 0};
+    const int values[kHeaderInts] = {items, all_parts, all_combines, static_cast<int>(min(all_tiles, most)),
+                                     static_cast<int>(min(all_slots, most)), longest_item, over, 0};
     for (int k = 0; k < kHeaderInts; ++k) out.header[k] = values[k];
     if (over) cells.counts[3] = 1;  // so that every kernel and SparseMask.check say so
   }
