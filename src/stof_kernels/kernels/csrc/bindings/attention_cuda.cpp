@@ -283,7 +283,7 @@ Results run(Call& call, Tensor q, Tensor k, Tensor v, const std::optional<Tensor
   p.q_stride = strides_of(q), p.k_stride = strides_of(k), p.v_stride = strides_of(v);
   p.out_stride = {rows * heads * dim, dim, heads * dim};
   const cudaStream_t stream = current_stream(call.device);
-  note_capture(call, stream);
+  if (call.plan.kernel == 0 || call.layout.exact) note_capture(call, stream);
   if (call.plan.kernel == 1) run_block_wise(call, p, stream);
   else check_launch(kOp, launch_row_wise(p, call.lists, stream));
   return results;
