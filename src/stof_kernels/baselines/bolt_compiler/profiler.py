@@ -2,8 +2,8 @@
 
 Upstream times each candidate as its own program: one launch to warm up, 100 launches, the host's clock, matrices of zeros,
 the plain epilogue and batch 1 whatever the product is. `AS_UPSTREAM` keeps these data, `AS_BOLT` has random numbers, the
-product's own epilogue and batch. In both the launches are replays of a CUDA graph between events, so that a short kernel is
-not hidden by its launch.
+product's own epilogue and batch. Both time between events, and short kernels in a CUDA graph, so that none is hidden by its
+launch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .problem import Gemm, Pair
 from .templates import PERSISTENT, TEMPLATES, PersistentKernel, default_template, feasible
 
 _LAUNCHES, _IN_GRAPH = 100, 20
+_SHORT_S = 1e-4  # what takes longer keeps the device busy while the host launches the next
 _LONGEST_S = 0.05  # of one candidate: a product that takes long is launched less often
 _RESERVED = 1024  # bytes of shared memory that the system takes of a block's
 
@@ -158,26 +159,40 @@ def shared_limit_of(device: str) -> int:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Device seconds of one launch: the mean of up to 100 after one that warms up, in replays of a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    once = max(_between(call, 1), 1e-7)
-    launches = max(1, min(_LAUNCHES, int(_LONGEST_S / once)))
-    inside = min(_IN_GRAPH, launches)
+    """Device seconds of one launch: the mean of 100 after one that warms up, of fewer where they would take long.
+
+    Short ones are replays of a CUDA graph, so that the host's time per launch does not count.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        once = max(_between(call, 1), 1e-7)
+        if once > _SHORT_S:
+            return _between(call, max(1, min(_LAUNCHES, int(_LONGEST_S / once))))
+        graph = _recorded(call)
+        return _between(graph.replay, _LAUNCHES // _IN_GRAPH) / _IN_GRAPH
+
+
+def _recorded(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Several launches as one graph, without torch.cuda.graph's collection of garbage, which would take longer than they do."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(inside):
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        for _ in range(_IN_GRAPH):
             call()
+    finally:
+        graph.capture_end()
     graph.replay()
-    replays = max(1, launches // inside)
-    return _between(graph.replay, replays) / (replays * inside)
+    return graph
 
 
 def _between(call: Callable[[], object], times: int) -> float:
+    """Mean seconds of a call by events around ``times`` of them on the current stream."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(times):
         call()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+    return start.elapsed_time(stop) / 1e3 / times

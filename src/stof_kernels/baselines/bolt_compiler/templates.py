@@ -30,8 +30,9 @@ class Template:
         return "sm_75" if self.instruction[2] == 8 else "sm_80"
 
     def __str__(self) -> str:
+        """As CUTLASS names it, with its family: rows x columns _ k x stages."""
         m, n, k = self.block
-        return f"{self.family} {m}x{n}x{k} {self.stages} stages {'x'.join(map(str, self.warps))} warps"
+        return f"{self.family} {m}x{n}_{k}x{self.stages}"
 
 
 def _templates() -> tuple[Template, ...]:
