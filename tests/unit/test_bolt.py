@@ -91,9 +91,10 @@ def test_padding():
 def test_example_of_the_persistent_kernels_is_legal():
     assert [k.residence for k in residence(81920, 64, 576, 128, 64).kernels] == ["registers"]
     assert [k.residence for k in residence(81920, 64, 576, 256, 64).kernels] == ["shared memory"]
+    why = "not in registers: sums of N0 = 64 and N1 = 256 take 160 a thread, at most 128"
+    assert residence(81920, 64, 576, 256, 64).registers == why
     for kernel in PERSISTENT:
-        per_thread = 16 * (kernel.n0 + kernel.n1) * 4 / 128
-        assert (per_thread <= 128) == (kernel.residence == "registers"), "sums of both products of 16 rows in registers"
+        assert bool(residence(64, kernel.n0, 8, kernel.n1, kernel.n0).registers) == (kernel.residence != "registers")
         assert kernel.shared_bytes <= RTX4090
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from .problem import Gemm, Pair
 from .profiler import Profiler
-from .templates import PERSISTENT, padded, residence
+from .templates import PADDING, PERSISTENT, alignment, padded, residence
 
 aten = torch.ops.aten
 _ACTIVATIONS = {aten.relu.default: "bias_relu", aten.gelu.default: "bias_gelu"}
@@ -240,7 +240,7 @@ def _replace_dense(layer: _Dense, weights: _Weights, profiler: Profiler, report:
         report.left["dense of sizes to pad whose weight is computed"] += 1
         return
     weight, bias = _padded_weight(layer, weights)
-    report.padded += (gemm.n, gemm.k) != (n, k)
+    report.padded += alignment(n, k) != PADDING
     build = _Build(layer.last)
     x = build.padded(build.rows(layer.x, (gemm.m, k)), (gemm.k - k,))
     number = profiler.pick(gemm).candidate
@@ -292,7 +292,7 @@ def _replace_batched(node: fx.Node, profiler: Profiler, report: Report) -> None:
     right = build.padded(build.rows(turned, (batch, n, k)), (gemm.k - k, gemm.n - n))
     out = build(torch.ops.stof_bolt.gemm.default, left, right, None, 0, profiler.pick(gemm).candidate)
     build.finish(out, gemm.n, n)
-    report.padded += (gemm.n, gemm.k) != (n, k)
+    report.padded += alignment(n, k) != PADDING
     report.launches["batch_matmul"] += 1
     report.gemms[gemm] += 1
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 EPILOGUES = ("linear", "bias", "bias_relu", "bias_gelu")
 """What happens to a sum before it is stored, by number; GELU is the exact one, by erf."""
 ALIGNMENTS = (8, 4, 2)
-"""Elements of one access to memory, the first that divides m, n and k; everything is padded to the first."""
+"""Elements of one access to memory, the first that divides the sizes; where it is not the largest, sizes are padded to that."""
 PADDING = ALIGNMENTS[0]
 
 
@@ -92,7 +92,8 @@ def padded(size: int) -> int:
 
 # ---- two products in one kernel --------------------------------------------------------------------------------------
 
-PERSISTENT_ROWS, PERSISTENT_K, PERSISTENT_STAGES = 64, 32, 3
+PERSISTENT_ROWS, PERSISTENT_K, PERSISTENT_STAGES, PERSISTENT_WARPS = 64, 32, 3, 4
+MOST_SUMS = 128  # registers of a thread for the sums of both products, of at most 255 for everything
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,14 @@ LARGEST_TILE_N = max(template.block[1] for template in TEMPLATES)
 
 @dataclass(frozen=True)
 class Residence:
-    """Whether two products can share a kernel: the kernels that can, or the ``refusal`` as one line."""
+    """Whether two products can share a kernel: the kernels that can, or the ``refusal`` as one line.
+
+    ``registers`` says why a legal pair cannot keep the first product there.
+    """
 
     kernels: tuple[PersistentKernel, ...] = ()
     refusal: str = ""
+    registers: str = ""
 
 
 def residence(m: int, n0: int, k0: int, n1: int, k1: int, second_m: int | None = None) -> Residence:
@@ -154,4 +159,7 @@ def residence(m: int, n0: int, k0: int, n1: int, k1: int, second_m: int | None =
         return Residence(refusal=f"K0 = {k0} is not a multiple of {PADDING}")
     if not found:
         return Residence(refusal=f"no threadblock residence: no tile is N0 = {n0} and then N1 = {n1} wide")
-    return Residence(found)
+    # Warps stand along the rows only, so a thread holds its share of 16 rows of both products, in fp32.
+    sums = PERSISTENT_ROWS // PERSISTENT_WARPS * (n0 + n1) // 32
+    why = f"not in registers: sums of N0 = {n0} and N1 = {n1} take {sums} a thread, at most {MOST_SUMS}"
+    return Residence(found, registers=why if sums > MOST_SUMS else "")
