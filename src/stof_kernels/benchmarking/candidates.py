@@ -25,13 +25,14 @@ def measure_candidates(cell: Cell, job: Measured) -> list[Measurement]:
 def _measure(problem: Problem, job: Measured) -> list[Measurement]:
     from stof_kernels import SparseMask
     from stof_kernels.baselines.inputs import make_tensors
+    from stof_kernels.baselines.stof import call_with
 
     tensors = make_tensors(problem)
     q, k = tensors.q, tensors.k
     mask = SparseMask.from_pattern(problem.pattern, problem.q_len, problem.kv_len, device=problem.device)
     plans = {policy: mask.plan_for(q, k, policy) for policy in POLICIES}
     predicted = dict(plans["cost"].ranking)
-    runs = {config: _call(problem, tensors, mask, config) for config in predicted}
+    runs = {config: call_with(tensors, mask, config, problem.scale) for config in predicted}
     errors = {config: _error(problem, tensors, run, config) for config, run in runs.items()}
     arms = [device_arm(run, problem.device, job.budget) for run in runs.values()]
     times = dict(zip(runs, time_arms(arms, job.budget), strict=True))
@@ -48,22 +49,6 @@ def _measure(problem: Problem, job: Measured) -> list[Measurement]:
             job.row(problem, "regret", median=ratio, operator=policy, kept=kept, note=f"chooses {plan.config.id}")
         )
     return rows
-
-
-def _call(problem: Problem, tensors: Tensors, mask, config: KernelConfig) -> Callable:
-    """The registered operator under one configuration."""
-    from stof_kernels.kernels import raw
-
-    q, k, v = tensors.q, tensors.k, tensors.v
-    ptr, col, slot, bits, plan = mask.layout_for(q, k, config).tensors
-    sizes = mask.q_len, mask.kv_len, mask.batch, mask.heads
-
-    def run():
-        return raw.sparse_attention(
-            q, k, v, None, ptr, col, slot, bits, mask.counts, plan, *sizes, problem.scale, False
-        )[0]
-
-    return run
 
 
 def _error(problem: Problem, tensors: Tensors, run: Callable, config: KernelConfig) -> float:
