@@ -203,9 +203,14 @@ def below(ax: Axes, x: float, drop: float, text: str, size: float, **kwargs: obj
     )  # fmt: skip
 
 
+_MOST_TICKS = 7  # that a panel of the page has the height for
+
+
 def ticks(ax: Axes, span: tuple[float, float]) -> None:
-    """Ticks at the powers of two, written as factors."""
-    powers = range(round(math.log2(span[0])), round(math.log2(span[1])) + 1)
+    """Ticks at the powers of two, or of four or more where they would not fit, 1 always among them; written as factors."""
+    low, high = round(math.log2(span[0])), round(math.log2(span[1]))
+    step = -(-(high - low + 1) // _MOST_TICKS)
+    powers = [p for p in range(low, high + 1) if p % step == 0]
     ax.set_yticks([2.0**p for p in powers], [f"{2**p}×" if p >= 0 else f"1/{2**-p}×" for p in powers])
     ax.set_yticks([], minor=True)
 
