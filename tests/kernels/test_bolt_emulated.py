@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shlex
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from emulation import SIMT, emulated_library
 
-from stof_kernels import settings
 from stof_kernels.baselines.bolt_compiler import templates
 from stof_kernels.provenance import PACKAGE_ROOT
 
-HERE = Path(__file__).parent
 CSRC = PACKAGE_ROOT / "baselines/csrc/bolt"
 GUARD = 256  # elements before and behind every output that nothing may touch
 LINEAR, BIAS, RELU, GELU = range(4)
@@ -26,19 +22,7 @@ LINEAR, BIAS, RELU, GELU = range(4)
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("simt_bolt")
-    compiler = shlex.split(settings.cxx())
-    probe = folder / "probe.cpp"
-    probe.write_text(
-        "#include <ucontext.h>\nint main() { _Float16 x = 1; ucontext_t c; return getcontext(&c) + int(x) - 1; }\n"
-    )
-    if subprocess.run([*compiler, "-std=c++17", str(probe), "-o", str(folder / "probe")], check=False).returncode:
-        pytest.skip("the emulator needs a C++ compiler with _Float16 and ucontext")
-    made = folder / "emulated.so"
-    command = [*compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", f"-I{HERE / 'simt'}", f"-I{CSRC}"]
-    run = subprocess.run([*command, str(HERE / "simt/bolt.cpp"), "-o", str(made)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return ctypes.CDLL(str(made))
+    return emulated_library(tmp_path_factory.mktemp("simt_bolt"), [SIMT / "bolt.cpp"], [CSRC])
 
 
 @pytest.fixture(params=["ascending", "descending"])

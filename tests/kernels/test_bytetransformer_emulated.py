@@ -6,19 +6,15 @@ What a GPU adds is speed and the exact rounding of its tensor cores; those are i
 from __future__ import annotations
 
 import ctypes
-import shlex
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from emulation import SIMT, emulated_library
 
-from stof_kernels import settings
 from stof_kernels.baselines import Unsupported
 from stof_kernels.baselines.bytetransformer import launch_of
 from stof_kernels.provenance import PACKAGE_ROOT
 
-HERE = Path(__file__).parent
 CSRC = PACKAGE_ROOT / "baselines/csrc/bytetransformer"
 D = 64
 GUARD = 256  # elements before and behind every output that nothing may touch
@@ -26,21 +22,7 @@ GUARD = 256  # elements before and behind every output that nothing may touch
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("simt")
-    compiler = shlex.split(settings.cxx())
-    probe = folder / "probe.cpp"
-    probe.write_text(
-        "#include <ucontext.h>\nint main() { _Float16 x = 1; ucontext_t c; return getcontext(&c) + int(x) - 1; }\n"
-    )
-    if subprocess.run([*compiler, "-std=c++17", str(probe), "-o", str(folder / "probe")], check=False).returncode:
-        pytest.skip("the emulator needs a C++ compiler with _Float16 and ucontext")
-    made = folder / "emulated.so"
-    command = [*compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-w", f"-I{HERE / 'simt'}", f"-I{CSRC}"]
-    run = subprocess.run(
-        [*command, str(HERE / "simt/bytetransformer.cpp"), "-o", str(made)], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return ctypes.CDLL(str(made))
+    return emulated_library(tmp_path_factory.mktemp("simt"), [SIMT / "bytetransformer.cpp"], [CSRC])
 
 
 @pytest.fixture(params=["ascending", "descending"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from math import isfinite
 
 import pytest
 import torch
 import torch.nn.functional as F
+from device_time import time_us
 
 from stof_kernels.baselines import Unsupported, registry
 from stof_kernels.baselines.bolt_compiler import operators
@@ -118,24 +118,6 @@ def test_wrong_arguments_are_refused_in_one_line():
 
 
 # ---- the five checks -------------------------------------------------------------------------------------------------
-
-
-def time_us(run, repeats=10):
-    """Median device time of one call in a CUDA graph."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    samples = []
-    for _ in range(9):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(begin.elapsed_time(end) * 1000 / repeats)
-    return statistics.median(samples)
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
+from device_time import time_us
 
 from stof_kernels import masks
 from stof_kernels.baselines import Problem, Unsupported, get
@@ -212,24 +212,6 @@ def test_2_what_the_fused_paths_leave_is_routed_or_refused_by_name():
     with pytest.raises(Unsupported, match="the fused paths end at 1024"):
         launch_of(2048, 12, D)
     assert {str(launch_of(tokens, 12, D)) for tokens in range(353, 385)} == {"unfused path, cuBLAS"}
-
-
-def time_us(run, repeats=20):
-    """Median device time of one call in a CUDA graph."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    samples = []
-    for _ in range(15):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(begin.elapsed_time(end) * 1000 / repeats)
-    return statistics.median(samples)
 
 
 @pytest.mark.slow

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shlex
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from emulation import SIMT, emulated_library
 from mask_lists import unpack_layout
 
-from stof_kernels import SparseMask, settings
+from stof_kernels import SparseMask
 from stof_kernels.formats import cells
 from stof_kernels.provenance import PACKAGE_ROOT
 
-HERE = Path(__file__).parent
 CSRC = PACKAGE_ROOT / "kernels/csrc"
 SOURCES = ("format/cuda/build_cells.cu", "format/cuda/build_layout.cu", "format/cuda/schedule.cu")
 LAUNCH = re.compile(r"(\w+(?:<true>|<false>)?)<<<(.+?), ([^,]+?), [^,]+?, stream>>>\((.*?)\);")
@@ -34,34 +32,11 @@ def as_plain_cpp(source: str) -> str:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("format")
-    compiler = shlex.split(settings.cxx())
-    probe = folder / "probe.cpp"
-    probe.write_text(
-        "#include <ucontext.h>\nint main() { _Float16 x = 1; ucontext_t c; return getcontext(&c) + int(x) - 1; }\n"
-    )
-    if subprocess.run([*compiler, "-std=c++17", str(probe), "-o", str(folder / "probe")], check=False).returncode:
-        pytest.skip("the emulator needs a C++ compiler with _Float16 and ucontext")
-    units = [str(HERE / "simt/format.cpp")]
+    units = [SIMT / "format.cpp"]
     for name in SOURCES:
-        unit = folder / f"{Path(name).stem}.cpp"
-        unit.write_text(as_plain_cpp((CSRC / name).read_text(encoding="utf-8")))
-        units.append(str(unit))
-    include = [f"-I{HERE / 'simt'}", f"-I{CSRC}", f"-I{CSRC / 'format/cuda'}"]
-    command = [
-        *compiler,
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-w",
-        *include,
-        *units,
-        "-o",
-        str(folder / "format.so"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return ctypes.CDLL(str(folder / "format.so"))
+        units.append(folder / f"{Path(name).stem}.cpp")
+        units[-1].write_text(as_plain_cpp((CSRC / name).read_text(encoding="utf-8")))
+    return emulated_library(folder, units, [CSRC, CSRC / "format/cuda"], "-O1")
 
 
 @pytest.fixture(params=["ascending", "descending"])

@@ -18,7 +18,8 @@ from stof_kernels.ops import reference
 
 DESIGN_IDS = {
     "stof", "torch_native", "torch_compile", "torch_compile_reduce_overhead", "torch_compile_max_autotune", "sdpa",
-    "sdpa_efficient", "sdpa_cudnn", "fa2", "flex_attention", "flex_flash", "fa4", "bytetransformer", "splat", "splat_pieces", "mcfuser", "bolt",
+    "sdpa_efficient", "sdpa_cudnn", "fa2", "flex_attention", "flex_flash", "fa4", "bytetransformer", "splat",
+    "splat_pieces", "mcfuser", "bolt",
 }  # fmt: skip
 EAGER = ("torch_native", "sdpa", "fa2", "stof", "stof_row_wise", "stof_block_wise")
 # Families with rows that attend to nothing: unfused attention divides by zero there, as it does for everyone.

@@ -1,0 +1,29 @@
+"""Compiles CUDA sources, as plain C++ with simt/simt.h in place of CUDA's headers, into a library of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stof_kernels import settings
+
+SIMT = Path(__file__).parent / "simt"
+_PROBE = "#include <ucontext.h>\nint main() { _Float16 x = 1; ucontext_t c; return getcontext(&c) + int(x) - 1; }\n"
+
+
+def emulated_library(folder: Path, units: list[Path], includes: list[Path], level: str = "-O2") -> ctypes.CDLL:
+    """The library of ``units``; skips the test where the compiler lacks what the emulator needs."""
+    compiler = shlex.split(settings.cxx())
+    probe = folder / "probe.cpp"
+    probe.write_text(_PROBE)
+    if subprocess.run([*compiler, "-std=c++17", str(probe), "-o", str(folder / "probe")], check=False).returncode:
+        pytest.skip("the emulator needs a C++ compiler with _Float16 and ucontext")
+    made = folder / "emulated.so"
+    command = [*compiler, "-std=c++17", level, "-fPIC", "-shared", "-w", f"-I{SIMT}", *(f"-I{i}" for i in includes)]
+    run = subprocess.run([*command, *map(str, units), "-o", str(made)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return ctypes.CDLL(str(made))
