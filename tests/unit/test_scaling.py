@@ -107,7 +107,7 @@ def test_every_gap_is_named(drawn) -> None:
         in text
     )
     assert "Hollow marks: FlashAttention-2 cannot apply the mask and ran without it." in text
-    assert "No line on this page: Bolt (not here)." in text
+    assert "No line on this page: Bolt (reimpl.) (not here)." in text
     assert "‡ measured with an older version of the code: SDPA." in text
     assert [t.get_text() for t in axes[1].texts] == ["m"]
     assert [t.get_text() for t in axes[0].texts] == ["u"] * 3
