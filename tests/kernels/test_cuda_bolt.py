@@ -7,7 +7,7 @@ from math import isfinite
 import pytest
 import torch
 import torch.nn.functional as F
-from device_time import time_us
+from on_device import poison_memory, time_us
 
 from stof_kernels.baselines import Unsupported, registry
 from stof_kernels.baselines.bolt_compiler import operators
@@ -29,10 +29,7 @@ def kernels():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """What a kernel forgets to write, or reads without having written it, is NaN."""
-    torch.cuda.empty_cache()
-    junk = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 26, 1 << 22, 1 << 18, 1 << 14)]
-    del junk
+    poison_memory()
 
 
 def draw(*shape, seed=0, scale=1.0):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from device_time import time_us
+from on_device import poison_memory, time_us
 
 from stof_kernels import masks
 from stof_kernels.baselines import Problem, Unsupported, get
@@ -33,10 +33,7 @@ def kernels():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """What a kernel forgets to write, or reads without having written it, is NaN."""
-    torch.cuda.empty_cache()
-    junk = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 26, 1 << 22, 1 << 18, 1 << 14)]
-    del junk
+    poison_memory()
 
 
 def draw(batch, tokens, heads, dim=D, dtype=torch.float16, kept=0.3, seed=0):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import FallbackWarning, graph, optimize, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.replay import Replay
@@ -26,41 +27,6 @@ BUDGET_S = 6.0
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------
-
-
-class Fn(nn.Module):
-    """A function of its inputs with layers by name."""
-
-    def __init__(self, fn, **layers):
-        super().__init__()
-        self.fn = fn
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *args):
-        return self.fn(self, *args)
-
-
-class Norm(nn.Module):
-    """RMSNorm as transformers spells it."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        h = x.to(torch.float32)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.weight * h.to(x.dtype)
-
-
-def tanh_gelu(x):
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-def rotate(x, cos, sin):
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def split(x):

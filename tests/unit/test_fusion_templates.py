@@ -13,47 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.templates import TEMPLATES, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-class Norm(nn.Module):
-    """RMSNorm as transformers spells it."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        h = x.to(torch.float32)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.weight * h.to(x.dtype)
-
-
-class Fn(nn.Module):
-    """A function of (x, y) with layers by name."""
-
-    def __init__(self, fn, **layers):
-        super().__init__()
-        self.fn = fn
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *args):
-        return self.fn(self, *args)
-
-
-def tanh_gelu(x):
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-def rotate(x, cos, sin):
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def linear(i=40, o=48, bias=True):

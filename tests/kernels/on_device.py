@@ -1,4 +1,4 @@
-"""Device time of a call, for the tests that compare times."""
+"""What tests on the card share: device times, and memory that shows what was not written."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def time_us(run, repeats=20, replays=15):
         torch.cuda.synchronize()
         samples.append(begin.elapsed_time(end) * 1000 / repeats)
     return statistics.median(samples)
+
+
+def poison_memory():
+    """What the allocator hands out next holds NaN: what a kernel forgets to write, or reads unwritten, shows."""
+    torch.cuda.empty_cache()
+    blocks = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 26, 1 << 22, 1 << 18, 1 << 14)]
+    del blocks
