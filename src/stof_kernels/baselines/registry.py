@@ -213,11 +213,6 @@ def add(spec: MethodSpec) -> None:
     _METHODS[spec.kind, spec.id] = spec
 
 
-def unregister(id: str, kind: str = ATTENTION) -> None:
-    """Forget a method, for tests that register one of their own."""
-    _METHODS.pop((kind, id), None)
-
-
 def discover(kinds: bool = True) -> None:
     """Import every module of this folder and of ``models/``, so that the decorators run; a new file needs no entry anywhere.
 

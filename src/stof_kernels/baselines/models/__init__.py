@@ -1,6 +1,6 @@
 """Every way to run a whole model, one file each, behind ``@model_method``. Importing this package imports no torch."""
 
-from .registry import KIND, MODELS, ModelProblem, ModelReady, Subject, absent_model_method, model_method, run_variant
+from .registry import KIND, MODELS, ModelProblem, ModelReady, Subject, model_method, run_variant
 
 __all__ = [
     "KIND",
@@ -8,7 +8,6 @@ __all__ = [
     "ModelProblem",
     "ModelReady",
     "Subject",
-    "absent_model_method",
     "model_method",
     "run_variant",
 ]

@@ -186,17 +186,6 @@ def model_method(
     return register
 
 
-def absent_model_method(
-    id: str, *, experiments: Iterable[str], reason: str, label: str = "", rank: int | None = None
-) -> None:
-    """Register a system that does not run whole models here: its cells are rows with status unsupported and ``reason``."""
-    name, place = _known(id, label, rank)
-    depends = (f"baselines/models/{id}.py",)
-    registry.add(
-        MethodSpec(id, name, tuple(experiments), None, depends, devices=(), kind=KIND, rank=place, absent=reason)
-    )
-
-
 def _known(id: str, label: str, rank: int | None) -> tuple[str, int]:
     """Label and rank of the attention method of that id, or those given. ValueError for a label that contradicts it."""
     registry.discover(kinds=False)
