@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "hopper.cuh"
+#include "hopper_config.cuh"
 
 namespace stof::cuda {
 namespace {

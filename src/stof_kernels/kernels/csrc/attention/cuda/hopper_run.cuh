@@ -3,8 +3,9 @@
 
 #include <atomic>
 
-#include "hopper.cuh"
+#include "hopper_consumer.cuh"
 #include "hopper_maps.h"
+#include "hopper_producer.cuh"
 #include "launch.h"
 
 namespace stof::cuda {
