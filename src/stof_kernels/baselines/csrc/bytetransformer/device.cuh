@@ -8,17 +8,16 @@
 #include "problem.h"
 #else
 
-#include <cuda_fp16.h>
 #include <mma.h>
 
-#include <cstdint>
 #include <type_traits>
 
+#include "common/device.cuh"
 #include "problem.h"
 
-#define STOF_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-
 namespace stof::bytetransformer {
+
+using namespace stof::baselines;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -35,14 +34,6 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 
-// Two halves in one register.
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
 __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
   const __half2 sum = __hadd2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
   return reinterpret_cast<const uint32_t&>(sum);
@@ -72,35 +63,6 @@ __device__ __forceinline__ T shuffle_from(T x, int lane) {
 }
 __device__ __forceinline__ unsigned ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
 __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
-__device__ __forceinline__ void block_barrier() { __syncthreads(); }
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-// 16 bytes from global to shared memory; writes zeros and reads nothing when not valid.
-__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-// Four 8 x 8 matrices; lane i names row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
 
 // c += a (16 x 8) * b (8 x 8), sums in fp16
 __device__ __forceinline__ void multiply_k8(uint32_t (&c)[2], uint32_t a0, uint32_t a1, uint32_t b) {
