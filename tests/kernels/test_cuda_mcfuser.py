@@ -15,7 +15,7 @@ from stof_kernels.baselines.mcfuser_planner.search import SearchSettings
 from stof_kernels.benchmarking.check import relative_error
 
 pytestmark = pytest.mark.gpu
-BRIEF = SearchSettings(40, 4, most_rounds=1)
+BRIEF = SearchSettings(40, 4, most_rounds=1, budget_s=0.0)
 
 
 def problem_of(family="bigbird", batch=1, seq_len=512, dtype="float16", **changes) -> Problem:
@@ -64,7 +64,7 @@ def test_other_shapes(shape, dtype):
     problem = problem_of("prefix_lm", 2, 320, dtype, **SHAPES[shape])
     tensors = inputs.make_tensors(problem)
     mask = attention.padded_mask(inputs.additive_mask(problem))
-    found = attention.tune_attention(tensors.q, tensors.k, tensors.v, mask, problem.scale, search=BRIEF, budget_s=0.0)
+    found = attention.tune_attention(tensors.q, tensors.k, tensors.v, mask, attention.Form(problem.scale), BRIEF)
     error = relative_error(problem, tensors, problem.pattern, found(tensors.q, tensors.k, tensors.v, mask))
     assert error < (2e-3 if dtype == "float16" else 1.6e-2)
 
@@ -154,12 +154,12 @@ def test_slower_than_a_kernel_that_skips_what_causal_masks_remove():
 def test_a_forced_chain_of_products():
     a, b, d = (torch.randn(s, device="cuda").half() / 8 for s in ((12, 512, 64), (12, 64, 512), (12, 512, 64)))
     for step in ("none", "relu", "gelu"):
-        found = attention.tune_chain(a, b, d, step, always=True, search=BRIEF, budget_s=0.0)
+        found = attention.tune_chain(a, b, d, step, always=True, settings=BRIEF)
         want = attention.unfused_chain(a.double(), b.double(), d.double(), step)
         assert float((found(a, b, d).double() - want).norm() / want.norm()) < 2e-3
         assert found.fused
     wide = [torch.randn(s, device="cuda").half() / 28 for s in ((1, 4096, 768), (1, 768, 3072), (1, 3072, 768))]
-    assert not attention.tune_chain(*wide, "gelu", search=BRIEF).fused
+    assert not attention.tune_chain(*wide, "gelu", settings=BRIEF).fused
 
 
 @pytest.mark.parametrize("name", ["bert_base", "t5", "vit"])

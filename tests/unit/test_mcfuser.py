@@ -265,7 +265,8 @@ def device_of(seed: int):
     return time
 
 
-def run_search(chain, seed=0, time=None, **values):
+def run_search(chain, seed=0, time=None, most=SearchSettings(), **values):  # noqa: B008  # frozen
+    values["settings"] = replace(most, seed=seed)
     time = time or device_of(seed)
     measured = []
 
@@ -274,7 +275,7 @@ def run_search(chain, seed=0, time=None, **values):
         return [time(c) for c in candidates]
 
     space = space_of(chain, H200)
-    found = search(space, lambda c: model.estimate(c, H200).seconds, measure, seed, **values)
+    found = search(space, lambda c: model.estimate(c, H200).seconds, measure, **values)
     return found, measured, min(map(time, space))
 
 
@@ -299,7 +300,7 @@ def test_a_seed_repeats_a_search_and_another_differs():
 
 
 def test_out_of_time_ends_after_the_round():
-    found, measured, _ = run_search(EXAMPLE, out_of_time=lambda: True, settings=SearchSettings(measured=5))
+    found, measured, _ = run_search(EXAMPLE, out_of_time=lambda: True, most=SearchSettings(measured=5))
     assert (found.rounds, found.ended, len(measured)) == (1, "out of time", 5)
 
 

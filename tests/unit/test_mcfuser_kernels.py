@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 A100 = known_peaks("NVIDIA A100")
 EXPRESSIONS = ("mhnk", "mn(k,h)", "mnhk", "mhkn", "mkhn")
-BRIEF = {"peaks": A100, "search": SearchSettings(8, 2, most_rounds=1), "budget_s": 0.0}
-BRIEFEST = BRIEF | {"search": SearchSettings(8, 1, most_rounds=1)}
+BRIEF = {"peaks": A100, "settings": SearchSettings(8, 2, most_rounds=1, budget_s=0.0)}
+BRIEFEST = BRIEF | {"settings": SearchSettings(8, 1, most_rounds=1, budget_s=0.0)}
 
 
 def draw(*shape, seed=0):
@@ -184,7 +184,7 @@ def test_a_damaged_file_of_a_kernel_is_written_again(tmp_path, monkeypatch):
 def test_tuned_attention(with_mask):
     q, k, v = draw(1, 4, 37, 32), draw(1, 2, 53, 32, seed=1), draw(1, 2, 53, 32, seed=2)
     mask = additive(1, 1, 37, 53) if with_mask else None
-    found = attention.tune_attention(q, k, v, mask, tokens_first=True, **BRIEF)
+    found = attention.tune_attention(q, k, v, mask, attention.Form(tokens_first=True), **BRIEF)
     got = found(q, k, v, mask)
     assert got.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(got.double(), expected(q, k, v, mask, 32**-0.5), atol=5e-6, rtol=1e-5)
@@ -198,9 +198,9 @@ def test_one_tuning_serves_all_masks_of_a_shape(monkeypatch):
     q, k, v = draw(1, 1, 16, 32), draw(1, 1, 16, 32, seed=1), draw(1, 1, 16, 32, seed=2)
     masks = [additive(1, 1, 16, 16, seed=s) for s in (1, 2)]
     attention.forget()
-    first, second = (attention.tuned_attention(q, k, v, mask, budget_s=0.0) for mask in masks)
+    first, second = (attention.tuned_attention(q, k, v, mask, settings=BRIEF["settings"]) for mask in masks)
     assert first is second
-    assert first is not attention.tuned_attention(q, k, v, None, budget_s=0.0)
+    assert first is not attention.tuned_attention(q, k, v, None, settings=BRIEF["settings"])
     assert len(attention.known()) == 2
     torch.testing.assert_close(
         second(q, k, v, masks[1]).double(), expected(q, k, v, masks[1], 32**-0.5), atol=5e-6, rtol=1e-5
@@ -241,7 +241,7 @@ def test_bad_shapes_are_one_clear_line(case):
     with pytest.raises(ValueError, match=rf"^attention: {message}.*allowed: "):
         attention.tune_attention(**given, **BRIEF)
     with pytest.raises(ValueError, match="step is 'relu', allowed: softmax"):
-        attention.tune_attention(*(torch.zeros(1, 1, 16, 16),) * 3, step="relu", **BRIEF)
+        attention.tune_attention(*(torch.zeros(1, 1, 16, 16),) * 3, form=attention.Form(step="relu"), **BRIEF)
     with pytest.raises(ValueError, match=r"^chain: shapes are .*, allowed: "):
         attention.tune_chain(torch.zeros(1, 16, 16), torch.zeros(1, 32, 16), torch.zeros(1, 16, 16), **BRIEF)
 
@@ -257,7 +257,6 @@ def test_the_methods_apply_the_mask(name, family, monkeypatch):
     from stof_kernels.benchmarking.check import relative_error
 
     monkeypatch.setattr(attention, "device_peaks", lambda device: A100)
-    monkeypatch.setattr(attention, "BUDGET_S", 0.0)
     original = attention.tune_attention
     monkeypatch.setattr(attention, "tune_attention", lambda *a, **k: original(*a, **(k | BRIEF)))
     attention.forget()

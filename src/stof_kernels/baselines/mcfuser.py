@@ -48,8 +48,8 @@ def _mask(problem: Problem) -> Tensor:
 
 
 def _prepare(problem: Problem, tensors: Tensors, mask: Tensor, step: str = "softmax") -> Prepared:
-    from .mcfuser_planner.attention import tuned_attention
+    from .mcfuser_planner.attention import Form, tuned_attention
 
     q, k, v = tensors.q, tensors.k, tensors.v
-    attention = tuned_attention(q, k, v, mask, problem.scale, step)
+    attention = tuned_attention(q, k, v, mask, Form(problem.scale, step))
     return Prepared(lambda: attention(q, k, v, mask), problem.pattern, note=f"tuned: {attention.tuned}")

@@ -13,9 +13,21 @@ from .codegen import Layout
 from .model import estimate, unfused_seconds
 from .pruning import padded, space_of
 from .search import SearchSettings
-from .tuning import BUDGET_S, Tuned, device_peaks, tune
+from .tuning import Tuned, device_peaks, tune
 
 _MOST_CHAINS = 65535  # second dimension of a CUDA grid
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an attention computes beside its tensors: ``scale`` of the scores, None for head_dim ** -0.5.
+
+    ``step`` ``softmax_exp`` leaves the row's maximum out; ``tokens_first`` writes the output in (B, Lq, H, D) memory.
+    """
+
+    scale: float | None = None
+    step: str = "softmax"
+    tokens_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,11 +35,11 @@ class TunedAttention:
     """One attention of fixed shapes and strides: ``(q, k, v, mask) -> out``."""
 
     tuned: Tuned
-    tokens_first: bool
+    form: Form
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Output (B, H, Lq, D); in (B, Lq, H, D) memory if tuned so. Tensors of other shapes or strides are not checked."""
-        out = _output(q, self.tokens_first)
+        """Output (B, H, Lq, D), in memory as the form says. Tensors of other shapes or strides are not checked."""
+        out = _output(q, self.form.tokens_first)
         self.tuned.kernel(_operands(q, k, v, mask, out))
         return out
 
@@ -37,26 +49,21 @@ def tune_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
-    scale: float | None = None,
-    step: str = "softmax",
-    tokens_first: bool = False,
-    seed: int = 0,
-    search: SearchSettings = SearchSettings(),  # noqa: B008  # frozen
-    budget_s: float = BUDGET_S,
+    form: Form = Form(),
+    settings: SearchSettings = SearchSettings(),  # noqa: B008  # frozen
     peaks: Peaks | None = None,
 ) -> TunedAttention:
     """Tune softmax(scale q k^T + mask) v for tensors like these; q (B, H, Lq, D), k and v (B, Hkv, Lk, D), fp16 or bf16.
 
     ``mask``: additive, broadcastable to (B, H, Lq, Lk); its last dimension may be Lk rounded up to 16, with -inf beyond Lk.
-    ``step`` ``softmax_exp`` leaves the row's maximum out. ValueError for shapes that do not fit together.
+    ValueError for shapes that do not fit together.
     """
-    _check(q, k, v, mask, step)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    peaks = peaks or device_peaks(q.device)
-    out = _output(q, tokens_first)
-    chain, layout = attention_problem(q, k, v, mask, out, scale, step)
-    found = tune(chain, layout, _operands(q, k, v, mask, out), peaks, seed, search, budget_s)
-    return TunedAttention(found, tokens_first)
+    _check(q, k, v, mask, form.step)
+    scale = q.shape[-1] ** -0.5 if form.scale is None else form.scale
+    out = _output(q, form.tokens_first)
+    chain, layout = attention_problem(q, k, v, mask, out, scale, form.step)
+    found = tune(chain, layout, _operands(q, k, v, mask, out), peaks or device_peaks(q.device), settings)
+    return TunedAttention(found, form)
 
 
 _known: dict[tuple[object, ...], TunedAttention] = {}
@@ -67,16 +74,14 @@ def tuned_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
-    scale: float | None = None,
-    step: str = "softmax",
-    tokens_first: bool = False,
-    budget_s: float = BUDGET_S,
+    form: Form = Form(),
+    settings: SearchSettings = SearchSettings(),  # noqa: B008  # frozen
 ) -> TunedAttention:
     """`tune_attention`, once per process for tensors of the same shapes, strides, type and device: masks may differ."""
     forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (q, k, v, mask) if t is not None)
-    key = (forms, mask is None, scale, step, tokens_first)
+    key = (forms, mask is None, form)
     if key not in _known:
-        _known[key] = tune_attention(q, k, v, mask, scale, step, tokens_first, budget_s=budget_s)
+        _known[key] = tune_attention(q, k, v, mask, form, settings=settings)
     return _known[key]
 
 
@@ -134,9 +139,7 @@ def tune_chain(
     d: Tensor,
     step: str = "none",
     always: bool = False,
-    seed: int = 0,
-    search: SearchSettings = SearchSettings(),  # noqa: B008  # frozen
-    budget_s: float = BUDGET_S,
+    settings: SearchSettings = SearchSettings(),  # noqa: B008  # frozen
     peaks: Peaks | None = None,
 ) -> TunedChain:
     """Tune f(a b) d for tensors like these: a (batch, m, k), b (batch, k, n), d (batch, n, h); weights may be expanded views.
@@ -159,7 +162,7 @@ def tune_chain(
     e = a.new_empty(a.shape[0], a.shape[1], d.shape[2])
     strides = tuple((x, (t.stride(0), 0, *t.stride()[1:])) for x, t in zip("ABDE", (a, b, d, e), strict=True))
     layout = Layout(strides, exact=a.dtype == torch.float32)
-    return TunedChain(step, True, tune(chain, layout, (a, b, d, e), peaks, seed, search, budget_s), fused, apart)
+    return TunedChain(step, True, tune(chain, layout, (a, b, d, e), peaks, settings), fused, apart)
 
 
 def unfused_chain(a: Tensor, b: Tensor, d: Tensor, step: str) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import tuned_attention
+from .attention import Form, tuned_attention
+from .search import SearchSettings
 
 _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float budget_s) -> Tensor"
 
@@ -13,7 +14,8 @@ _SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float budge
 @torch.library.custom_op("stof_baselines::mcfuser_attention", mutates_args=(), schema=_SCHEMA)
 def mcfuser_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget_s: float) -> Tensor:
     """softmax(scale q k^T + mask) v as (B, Lq, H, D), tuned at the first call with tensors of these shapes and strides."""
-    return tuned_attention(q, k, v, mask, scale, tokens_first=True, budget_s=budget_s)(q, k, v, mask).transpose(1, 2)
+    form, settings = Form(scale, tokens_first=True), SearchSettings(budget_s=budget_s)
+    return tuned_attention(q, k, v, mask, form, settings)(q, k, v, mask).transpose(1, 2)
 
 
 @mcfuser_attention.register_fake

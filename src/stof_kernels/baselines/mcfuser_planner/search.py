@@ -22,7 +22,8 @@ Measure = Callable[[Sequence[Candidate]], Sequence[float]]
 class SearchSettings:
     """``population`` candidates a round, the ``measured`` best of them timed.
 
-    The search ends when the best measured time gained less than ``eps`` in each of the last ``patience`` rounds.
+    The search ends when the best measured time gained less than ``eps`` in each of the last ``patience`` rounds, or after
+    ``budget_s`` seconds, looked at between rounds: one operator's published average is 35 to 40.
     """
 
     population: int = 100
@@ -30,6 +31,8 @@ class SearchSettings:
     eps: float = 0.01
     patience: int = 2
     most_rounds: int = 12
+    seed: int = 0
+    budget_s: float = 60.0
 
 
 @dataclass
@@ -53,17 +56,16 @@ def search(
     space: Sequence[Candidate],
     estimate: Callable[[Candidate], float],
     measure: Measure,
-    seed: int = 0,
     settings: SearchSettings = SearchSettings(),  # frozen
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Search:
-    """Search ``space`` by the model ``estimate`` (seconds) and by measuring; the same seed and times give the same search.
+    """Search ``space`` by the model ``estimate`` (seconds) and by measuring; the same settings and times give the same search.
 
     Candidates that are the same kernel are measured once. ValueError for an empty space.
     """
     if not space:
         raise ValueError("search: no candidate survives the rules")
-    rng, found, seconds = random.Random(seed), Search(), {}
+    rng, found, seconds = random.Random(settings.seed), Search(), {}
     population = rng.sample(list(space), min(settings.population, len(space)))
     moves, known, idle = Moves.of(space), {}, 0
     while True:

@@ -20,9 +20,6 @@ from .model import estimate
 from .pruning import ACCUMULATORS, Candidate, accumulators, space_of
 from .search import SearchSettings, search
 
-BUDGET_S = 60.0
-"""Most seconds of one operator's tuning; the published average is 35 to 40."""
-
 _WARPS, _STAGES = (4, 8), (4, 3, 2, 1)
 _DEFAULT_STAGES = 3
 _ENOUGH_US, _LONG_US, _GRAPH_US = 50_000.0, 300.0, 2000.0
@@ -116,22 +113,20 @@ def tune(
     layout: Layout,
     tensors: Sequence[Tensor],
     peaks: Peaks,
-    seed: int = 0,
     settings: SearchSettings = SearchSettings(),  # noqa: B008  # frozen
-    budget_s: float = BUDGET_S,
 ) -> Tuned:
     """Search by model and measurement, then the winner's warps and stages; E of ``tensors`` is overwritten.
 
-    ``budget_s`` is checked between rounds. ValueError if no candidate survives the rules or runs.
+    ValueError if no candidate survives the rules or runs.
     """
     began = time.perf_counter()
 
     def late() -> bool:
-        return time.perf_counter() - began >= budget_s
+        return time.perf_counter() - began >= settings.budget_s
 
     meter = Meter(layout, tensors, peaks)
     space = space_of(chain, peaks)
-    found = search(space, meter.predict, meter.candidates, seed, settings, late)
+    found = search(space, meter.predict, meter.candidates, settings, late)
     best = meter.best()
     if not late():
         others = launches(best.candidate, meter.shared_bytes)
