@@ -18,6 +18,15 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "stof_kernels"
 
 
+def shared_device() -> Path | None:
+    """Folder through which measuring jobs take turns on one device: ``STOF_SHARED_DEVICE``, or None if it is not set.
+
+    Jobs that are given the same folder prepare whole models side by side and are timed one by one (`benchmarking.turns`).
+    """
+    folder = os.environ.get("STOF_SHARED_DEVICE")
+    return Path(folder).expanduser() if folder else None
+
+
 def cxx() -> str:
     """C++ compiler command: ``CXX`` if set, else ``c++``."""
     return os.environ.get("CXX") or "c++"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from stof_kernels.baselines import Problem
 from stof_kernels.baselines.models import ModelProblem, ModelReady
@@ -17,10 +18,11 @@ from .check import same_output
 from .experiments import Cell
 from .measurement import Measurement
 from .model_caches import empty_caches, warm_up
-from .model_memory import peak_mib
+from .model_memory import give_back, peak_mib
 from .model_share import kept_rows
-from .model_subject import relative_error, subject, tolerance
+from .model_subject import BenchSubject, relative_error, subject, tolerance
 from .timing import Arm, HostArm, Timing, device_arm, time_arms
+from .turns import TOGETHER, turns
 
 _SAMPLE_US = 5_000.0  # one sample of such calls lasts about this long, so that the host is ahead of the device
 _HOST_SAMPLES = 5
@@ -29,37 +31,61 @@ _HOST_SAMPLE_US = 50_000.0  # one sample of the host time lasts about this long
 
 def measure_model(cell: Cell, job: Measured) -> list[Measurement]:
     """Rows of one cell. A method that fails gives one row with its status and a one-line reason."""
-    return kept_rows(rows_or_reason(cell.problem, job, _measure), job.experiment)
+    with turns().joined():
+        return kept_rows(rows_or_reason(cell.problem, job, _measure), job.experiment)
 
 
 def _measure(problem: ModelProblem, job: Measured) -> list[Measurement]:
     bench = subject(problem)
     if job.method.tuned and problem.tuning_s:
         warm_up(problem.device)
-    want, eager_error = bench.reference()
+    with nullcontext() if job.method.id in TOGETHER else turns().alone():
+        return _prepared_and_timed(bench, job)
+
+
+def _prepared_and_timed(bench: BenchSubject, job: Measured) -> list[Measurement]:
+    problem = bench.problem
+    with turns().alone():  # in float32 with all scores it takes more memory than anything after it
+        want, eager_error = bench.reference()
+        _make_room(problem)
     with empty_caches() if job.method.tuned else nullcontext():
         ready: ModelReady = job.method.prepare(bench)  # type: ignore[misc, assignment]
-        out = ready.run().clone()  # a graph's next replay may write over its results
-        error, allowed = relative_error(out, want), tolerance(problem, eager_error)
-        if not error <= allowed:  # also true for nan
-            return _wrong(problem, job, error, f"relative error above {allowed:.2g}")
-        del want
-        memory = _memory(problem, job, ready.run)  # before the timer's own graph holds some
-        arm = _arm(ready.run, ready.own_graphs, problem, job)
-        control = device_arm(_control(problem), problem.device, job.budget)
-        timing, beside = time_arms([arm, control], job.budget)
-        if not same_output(out, ready.run(), allowed):
-            return _wrong(problem, job, math.nan, "the output changed while it was timed")
-        checked = {"exact": True, "rel_err": float(f"{error:.3g}"), "kept": kept_of(problem)}
-        note = "; ".join(filter(None, (ready.note, arm.note, _length_note(problem))))
-        rows = _speed(problem, job, timing, {**checked, "note": note})
-        if problem.device == "cuda":
-            rows.append(job.row(problem, "host_time", **numbers_of(_host_time(ready.run, timing)), **checked))
-        rows += memory
-        rows += _tuning(problem, job, ready)
-        rows.append(
-            job.row(problem, "control_time", **numbers_of(beside), kept=1.0, note="dense attention of one layer")
-        )
+        beside = turns().others() if job.method.id in TOGETHER else 0
+        _make_room(problem)
+        with turns().alone():
+            out = ready.run().clone()  # a graph's next replay may write over its results
+            error, allowed = relative_error(out, want), tolerance(problem, eager_error)
+            if not error <= allowed:  # also true for nan
+                return _wrong(problem, job, error, f"relative error above {allowed:.2g}")
+            del want
+            return _timed(problem, job, ready, out, error, allowed, beside)
+
+
+def _make_room(problem: ModelProblem) -> None:
+    """A job that is about to wait for others holds only what it needs."""
+    if turns().active:
+        give_back(problem.device)
+
+
+def _timed(
+    problem: ModelProblem, job: Measured, ready: ModelReady, out: Tensor, error: float, allowed: float, beside: int
+) -> list[Measurement]:
+    """Rows of a method whose output ``out`` was found right; ``beside``: with how many other jobs it was prepared."""
+    memory = _memory(problem, job, ready.run)  # before the timer's own graph holds some
+    arm = _arm(ready.run, ready.own_graphs, problem, job)
+    control = device_arm(_control(problem), problem.device, job.budget)
+    timing, control_timing = time_arms([arm, control], job.budget)
+    if not same_output(out, ready.run(), allowed):
+        return _wrong(problem, job, math.nan, "the output changed while it was timed")
+    checked = {"exact": True, "rel_err": float(f"{error:.3g}"), "kept": kept_of(problem)}
+    note = "; ".join(filter(None, (ready.note, arm.note, _length_note(problem))))
+    rows = _speed(problem, job, timing, {**checked, "note": note})
+    if problem.device == "cuda":
+        rows.append(job.row(problem, "host_time", **numbers_of(_host_time(ready.run, timing)), **checked))
+    rows += memory
+    rows += _tuning(problem, job, ready, beside)
+    beside_it = numbers_of(control_timing)
+    rows.append(job.row(problem, "control_time", **beside_it, kept=1.0, note="dense attention of one layer"))
     return rows
 
 
@@ -141,11 +167,16 @@ def _memory(problem: ModelProblem, job: Measured, run: Callable[[], object]) -> 
     return [job.row(problem, "peak_memory", median=float(f"{peak:.6g}"), samples=1, note=note)]
 
 
-def _tuning(problem: ModelProblem, job: Measured, ready: ModelReady) -> list[Measurement]:
-    """The tuning's wall time in seconds and the tuner's own work in milliseconds, where there was any."""
+def _tuning(problem: ModelProblem, job: Measured, ready: ModelReady, beside: int) -> list[Measurement]:
+    """The tuning's wall time in seconds and the tuner's own work in milliseconds, where there was any.
+
+    ``beside``: how many other jobs prepared theirs on the same device at that time.
+    """
     if ready.tuning_s is None:
         return []
-    rows = [job.row(problem, "tuning_time", median=float(f"{ready.tuning_s:.6g}"), samples=1, note=ready.note)]
+    company = f"compiled beside {beside} other jobs on the same device and cores" if beside else ""
+    note = "; ".join(filter(None, (ready.note, company)))
+    rows = [job.row(problem, "tuning_time", median=float(f"{ready.tuning_s:.6g}"), samples=1, note=note)]
     for part, seconds in ready.overheads.items():
         took = {"median": float(f"{seconds * 1e3:.6g}"), "samples": 1}
         rows.append(job.row(problem, "overhead_time", operator=part, **took))

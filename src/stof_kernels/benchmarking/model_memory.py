@@ -18,10 +18,8 @@ def peak_mib(run: Callable[[], object], device: str) -> float | None:
     On CUDA it is what the allocator has reserved, so that buffers which a CUDA graph keeps between calls count. On the CPU
     it is the resident memory of the whole process, interpreter and libraries included.
     """
-    gc.collect()
+    give_back(device)
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
@@ -34,3 +32,11 @@ def peak_mib(run: Callable[[], object], device: str) -> float | None:
     except (OSError, AttributeError):
         return None
     return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)
+
+
+def give_back(device: str) -> None:
+    """Free what nothing refers to, and give it back to the device."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

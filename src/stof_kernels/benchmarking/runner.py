@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from stof_kernels import kernels
 from stof_kernels.baselines import MethodSpec
+from stof_kernels.baselines.models import KIND as MODEL
 from stof_kernels.provenance import code_digest
 
 from . import environment, experiments
@@ -20,6 +24,7 @@ from .journal import Journal
 from .measurement import Measurement, write_rows
 from .model_share import Taken, take
 from .timing import Budget
+from .turns import TOGETHER, turns
 
 _PROTOCOL = {
     "cpu": "wall time of single calls after {warmup} for warm-up, in turns with the control; median, 20th and 80th percentile",
@@ -32,6 +37,11 @@ _MORE = {
     "with empty folders for Inductor's and Triton's caches and without the cache of plans; peak memory: one call after timing",
     "pair": "; kernels found by one search per cell, each compared with the operators one by one",
 }
+_SHARED = {
+    True: "; several jobs shared the device and its cores: they prepared side by side, and each was checked and timed while no "
+    "other one ran or compiled anything",
+    False: "; jobs beside this one on the same device and cores waited while it prepared and measured",
+}
 _LISTS = ("masks", "sizes", "scatter", "models", "operators")
 _LEFT_UNUSABLE = "not measured: an earlier cell left the GPU unusable in this process"
 
@@ -40,6 +50,19 @@ class JobError(ValueError):
     """A job that cannot start. The message is one line: what is wrong and what is allowed."""
 
 
+def _in_turn(run: Callable[..., None]) -> Callable[..., None]:
+    """Take turns with other jobs on the device, where they are asked to: whole models cell by cell, others from end to end."""
+
+    @wraps(run)
+    def job(gpu: str, experiment: str, *arguments: Any, **named: Any) -> None:
+        by_cell = experiments.get(experiment).kind == MODEL
+        with turns().joined(), nullcontext() if by_cell else turns().alone():
+            run(gpu, experiment, *arguments, **named)
+
+    return job
+
+
+@_in_turn
 def run_job(
     gpu: str,
     experiment: str,
@@ -186,7 +209,9 @@ def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> 
         "reimplemented": spec.reimplemented,
         "machine": machine,
         "versions": environment.versions(),
-        "protocol": _PROTOCOL[machine["device"]].format(**asdict(job.budget)) + _MORE.get(spec.kind, ""),
+        "protocol": _PROTOCOL[machine["device"]].format(**asdict(job.budget))
+        + _MORE.get(spec.kind, "")
+        + (_SHARED[spec.kind == MODEL and spec.id in TOGETHER] if turns().active else ""),
         "seed": settings.get("seed", 0),
         "settings": settings,
         "code": {"digest": code_digest(depends), "parts": {name: code_digest([name]) for name in depends}},
