@@ -1,4 +1,4 @@
-"""SPLAT: its format and tiles by themselves, and its kernels in Triton's interpreter against the reference."""
+"""SPLAT's methods: the kernels in Triton's interpreter against the reference, unions of ours, and what does not fit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from splat_problems import EXPRESSIBLE, MIXED, problem
 
 from stof_kernels import masks
 from stof_kernels.baselines import Problem, Unsupported, get
 from stof_kernels.baselines.inputs import dense_keep, make_tensors
-from stof_kernels.baselines.splat_kernels import acsr as formats
-from stof_kernels.baselines.splat_kernels.build import acsr_of, from_dense, pieces_of
-from stof_kernels.baselines.splat_kernels.tiling import place_tiles, row_blocks
+from stof_kernels.baselines.splat_kernels.build import acsr_of, pieces_of
 from stof_kernels.benchmarking.check import TOLERANCE, relative_error
 from stof_kernels.provenance import PACKAGE_ROOT
 
@@ -28,234 +25,12 @@ interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="runs in Triton's interpreter; on a GPU tests/kernels/test_cuda_splat.py runs instead",
 )
-EXPRESSIBLE = (
-    "causal",
-    "sliding_window",
-    "artifact_sliding_window",
-    "artifact_dilated",
-    "dilated",
-    "prefix_lm",
-    "document",
-    "full",
-)
-Q, K = np.arange(48)[:, None], np.arange(48)[None]
-GENERATED = {
-    "windowed": (formats.windowed(48, 5), abs(Q - K) <= 5),
-    "causal_windowed": (formats.causal_windowed(48, 7), (K <= Q) & (Q - K <= 7)),
-    "blocked": (formats.blocked(48, 8), (K // 8 == Q // 8) | (K // 8 == Q // 8 - 1)),
-    "strided": (formats.strided(48, 5), Q % 5 == K % 5),
-    "strided, one column a row": (formats.strided(48, 30), Q % 30 == K % 30),
-    "causal": (formats.prefix(48, np.arange(48) + 1), K <= Q),
-    "dilated": (formats.dilated(48, 4, 3), (abs(Q - K) <= 12) & ((Q - K) % 3 == 0)),
-    "causal dilated": (formats.dilated(48, 4, 2, causal=True), (K <= Q) & (Q - K <= 8) & ((Q - K) % 2 == 0)),
-}  # fmt: skip
-# Strides 2 and 3 side by side, rows of one column and rows of none.
-MIXED = np.where(
-    Q % 4 == 0, K % 2 == Q // 4 % 2, np.where(Q % 4 == 1, (K % 3 == 1) & (K > Q // 2), (K == Q) & (Q % 4 == 2))
-)
 PATTERNS = {
     "blocked": lambda b, h, q, kv: (q // 16 == kv // 16) | (q // 16 == kv // 16 + 1),
     "strided": lambda b, h, q, kv: q % 5 == kv % 5,
     "mixed": lambda b, h, q, kv: torch.from_numpy(MIXED)[q.clamp(max=47), kv.clamp(max=47)] & (q < 48) & (kv < 48),
     "empty": lambda b, h, q, kv: (q < 0) & (kv < 0),
 }
-
-
-def problem(pattern, length=96, dtype="float32", **changes) -> Problem:
-    pattern = masks.get(pattern, length) if isinstance(pattern, str) else pattern
-    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 32, "q_len": length, "kv_len": length, "seed": 3}
-    return Problem(pattern, dtype=dtype, device="cpu", **sizes | changes)
-
-
-def rows(acsr) -> list[tuple[int, int, int]]:
-    return [tuple(int(x) for x in row) for row in zip(acsr.stride, acsr.offset, acsr.count, strict=True)]
-
-
-# ---- The format -------------------------------------------------------------------------------------------------------
-
-
-def test_a_window_of_six_rows_by_hand():
-    window = formats.windowed(6, 1)
-    assert rows(window) == [(1, 0, 2), (1, 0, 3), (1, 1, 3), (1, 2, 3), (1, 3, 3), (1, 4, 2)]
-    assert (window.width, window.kept) == (3, 16)
-    assert window.slot(2, 3) == 2
-    assert window.slot(2, 4) is None  # maps to slot 3, behind the row's last
-    blocks = row_blocks(window, 2)
-    assert blocks.order is None
-    assert blocks.start.tolist() == [0, 1, 3]
-    assert (blocks.end - 1).tolist() == [2, 4, 5]
-
-
-def test_blocks_and_strides_of_six_rows_by_hand():
-    blocked = formats.blocked(6, 2)
-    assert rows(blocked) == [(1, 0, 2)] * 2 + [(1, 0, 4)] * 2 + [(1, 2, 4)] * 2
-    assert blocked.width == 4
-    strided = formats.strided(6, 3)
-    assert rows(strided) == [(3, i % 3, 2) for i in range(6)]
-    blocks = row_blocks(strided, 4)
-    assert blocks.order.tolist() == [0, 3, -1, -1, 1, 4, -1, -1, 2, 5, -1, -1]
-    assert (blocks.step.tolist(), blocks.start.tolist(), blocks.end.tolist()) == ([3] * 3, [0, 1, 2], [6, 7, 8])
-
-
-@pytest.mark.parametrize("name", GENERATED)
-def test_generators_round_trip_and_agree_with_the_builder(name):
-    made, dense = GENERATED[name]
-    assert np.array_equal(made.to_dense(), dense)
-    assert rows(from_dense(torch.from_numpy(dense))) == rows(made)
-    assert made.metadata_bytes == 12 * 48  # at most 16 a row; CSR would take 4 for each kept position
-    assert all((made.slot(i, j) is not None) == dense[i, j] for i in range(0, 48, 7) for j in range(48))
-
-
-@pytest.mark.parametrize("length", [1, 7, 64, 131])
-@pytest.mark.parametrize("family", EXPRESSIBLE)
-def test_acsr_of_a_pattern_is_the_pattern(family, length):
-    p = problem(family, length)
-    found = acsr_of(p)
-    assert np.array_equal(found.to_dense(), dense_keep(p)[0, 0].numpy())
-    assert rows(found) == rows(from_dense(dense_keep(p)[0, 0]))
-
-
-@pytest.mark.parametrize(
-    "pattern", [masks.sliding_window(500), masks.causal(-9), masks.causal(9), masks.dilated(0, 3), masks.dilated(90, 7)]
-)
-def test_extreme_parameters_stay_inside_the_matrix(pattern):
-    p = problem(pattern, 50)
-    assert np.array_equal(acsr_of(p).to_dense(), dense_keep(p)[0, 0].numpy())
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 30), st.integers(0, 12)), min_size=1, max_size=40))
-def test_any_progressions_round_trip(entries):
-    keep = torch.zeros(len(entries), 40, dtype=torch.bool)
-    for row, (a, b, n) in enumerate(entries):
-        keep[row, b : b + a * n : a] = True
-    assert np.array_equal(from_dense(keep).to_dense(), keep.numpy())
-
-
-@pytest.mark.parametrize(
-    ("columns", "runs"),
-    [((3, 4, 6), "2 runs"), ((0, 2, 4, 7), "4 runs"), ((1, 2, 40, 41), "2 runs"), ((5, 8, 11, 12), "3 runs")],
-)
-def test_a_row_that_is_no_progression_is_named(columns, runs):
-    keep = torch.eye(50, dtype=torch.bool)
-    keep[23] = False
-    keep[23, list(columns)] = True
-    with pytest.raises(Unsupported, match=rf"one arithmetic progression .* row 23 keeps \d of 50 columns in {runs}"):
-        from_dense(keep)
-
-
-@pytest.mark.parametrize("length", [256, 1024])
-@pytest.mark.parametrize("family", ["longformer", "bigbird", "artifact_longformer", "artifact_bigbird", "strided"])
-def test_masks_that_acsr_cannot_hold_are_unsupported(family, length):
-    with pytest.raises(Unsupported, match="one arithmetic progression of columns per row; row"):
-        acsr_of(problem(family, length))
-
-
-def test_one_mask_serves_all_heads():
-    same = masks.predicate(lambda b, h, q, kv: (kv <= q) & (h >= 0))
-    assert rows(acsr_of(problem(same, 20))) == rows(acsr_of(problem("causal", 20)))
-    differing = masks.predicate(lambda b, h, q, kv: kv <= q + h)
-    with pytest.raises(Unsupported, match="one mask for all batch entries and heads"):
-        acsr_of(problem(differing, 20, heads=3, kv_heads=3))
-
-
-def test_the_mask_is_read_in_strips(monkeypatch):
-    from stof_kernels.baselines.splat_kernels import build
-
-    p = problem("document", 64)
-    whole = rows(acsr_of(p))
-    monkeypatch.setattr(build, "_STRIP_POSITIONS", 7 * 64)
-    assert rows(acsr_of(p)) == whole
-    pieces = pieces_of(problem("longformer", 64))
-    assert np.array_equal(
-        sum(piece.to_dense().astype(int) for piece in pieces), dense_keep(problem("longformer", 64))[0, 0]
-    )
-    with pytest.raises(Unsupported, match="row 51 keeps"):
-        acsr_of(problem(masks.predicate(lambda b, h, q, kv: (kv <= q) & ((q < 51) | (kv != 3))), 64))
-
-
-# ---- Tiles ------------------------------------------------------------------------------------------------------------
-
-SHAPES = [(16, 16), (32, 64), (64, 32), (64, 64)]
-TILED = {
-    "window 22": formats.windowed(512, 22),
-    "window 45": formats.windowed(512, 45),
-    "causal window": formats.causal_windowed(300, 64),
-    "causal": formats.prefix(300, np.arange(300) + 1),
-    "blocked": formats.blocked(320, 32),
-    "strided": formats.strided(300, 7),
-    "dilated": formats.dilated(301, 22, 2),
-    "mixed": from_dense(torch.from_numpy(MIXED)),
-}
-
-
-def covered(acsr, blocks, width, anchors) -> np.ndarray:
-    hit = np.zeros((acsr.rows, acsr.columns), bool)
-    at = np.arange(blocks.positions) if blocks.order is None else blocks.order
-    for position, column, step in anchors.tolist():
-        inside = at[position : position + blocks.height]
-        columns = column + step * np.arange(width)
-        hit[np.ix_(inside[inside >= 0], columns[columns < acsr.columns])] = True
-    return hit
-
-
-@pytest.mark.parametrize(("height", "width"), SHAPES)
-@pytest.mark.parametrize("name", TILED)
-def test_tiles_cover_every_kept_position_and_are_no_more_than_the_spans_need(name, height, width):
-    acsr = TILED[name]
-    blocks = row_blocks(acsr, height)
-    tiles = place_tiles(acsr, blocks, width)
-    assert not (acsr.to_dense() & ~covered(acsr, blocks, width, tiles.anchors)).any()
-    spans = -(-(blocks.end - blocks.start) // blocks.step)
-    assert tiles.naive == int((-(-spans // width)).sum())
-    assert tiles.bound <= len(tiles.anchors) <= tiles.naive
-    assert tiles.poset is None or len(tiles.anchors) == min(tiles.naive, tiles.poset)
-    assert not (acsr.to_dense() & ~covered(acsr, blocks, width, tiles.anchors[1:])).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from([1, 1, 2, 3]), st.integers(0, 60), st.integers(0, 25)), min_size=1, max_size=70),
-    st.sampled_from([(4, 4), (8, 4), (4, 16)]),
-)
-def test_any_progressions_are_covered(entries, shape):
-    keep = np.zeros((len(entries), 70), bool)
-    for row, (a, b, n) in enumerate(entries):
-        keep[row, b : b + a * n : a] = True
-    acsr = from_dense(torch.from_numpy(keep))
-    blocks = row_blocks(acsr, shape[0])
-    tiles = place_tiles(acsr, blocks, shape[1])
-    assert not (keep & ~covered(acsr, blocks, shape[1], tiles.anchors)).any()
-    assert tiles.bound <= len(tiles.anchors) <= tiles.naive
-    order = np.arange(blocks.positions) if blocks.order is None else blocks.order
-    assert sorted(order[order >= 0].tolist()) == list(range(len(entries)))
-
-
-def test_poset_anchors_save_tiles_where_a_band_does_not_fit_the_rows_blocks():
-    acsr = formats.windowed(2048, 45)
-    tiles = place_tiles(acsr, row_blocks(acsr, 64), 64)
-    assert (tiles.naive, tiles.poset, tiles.bound, len(tiles.anchors)) == (94, 73, 64, 73)
-    fits = place_tiles(formats.windowed(2048, 64), row_blocks(formats.windowed(2048, 64), 64), 64)
-    assert fits.poset is None  # no placement can have fewer than the naive one
-    assert fits.naive == fits.bound == 94
-
-
-def test_work_grows_linearly_with_the_length_at_a_fixed_window():
-    counts = []
-    for size in (2048, 4096):
-        acsr = formats.windowed(size, 45)
-        counts.append(len(place_tiles(acsr, row_blocks(acsr, 32), 32).anchors))
-    assert counts[1] / counts[0] == pytest.approx(2, rel=0.02)
-
-
-def test_aligned_rows_of_a_dilated_window_make_a_narrow_band():
-    """Columns of one remainder, counted in steps, are a window: half the tiles of the same window walked column by column."""
-    dilated, dense = formats.dilated(1024, 32, 2), formats.windowed(1024, 64)
-    aligned, plain = (place_tiles(a, row_blocks(a, 16), 16) for a in (dilated, dense))
-    assert len(aligned.anchors) <= 0.6 * len(plain.anchors)
-
-
-# ---- The kernels ------------------------------------------------------------------------------------------------------
 
 
 def attention(p: Problem, choice=None, simt=False, poison=None):
