@@ -188,10 +188,10 @@ def test_a_model_is_timed_alone(tmp_path, monkeypatch, method):
     pytest.importorskip("transformers")
     from stof_kernels.baselines import registry
     from stof_kernels.baselines.models import run_variant
-    from stof_kernels.benchmarking import model_cell, runner
+    from stof_kernels.benchmarking import model_cell, model_subject, runner
 
     mine, device, others_may = Turns(tmp_path / "lock"), tmp_path / "lock" / "device", {}
-    for module in (model_cell, runner):
+    for module in (model_cell, model_subject, runner):
         monkeypatch.setattr(module, "turns", lambda: mine)
 
     def prepare(subject):

@@ -45,13 +45,12 @@ def _measure(problem: ModelProblem, job: Measured) -> list[Measurement]:
 
 def _prepared_and_timed(bench: BenchSubject, job: Measured) -> list[Measurement]:
     problem = bench.problem
-    with turns().alone():  # in float32 with all scores it takes more memory than anything after it
-        want, eager_error = bench.reference()
-        _make_room(problem)
+    want, eager_error = bench.reference()
     with empty_caches() if job.method.tuned else nullcontext():
         ready: ModelReady = job.method.prepare(bench)  # type: ignore[misc, assignment]
         beside = turns().others() if job.method.id in TOGETHER else 0
-        _make_room(problem)
+        if turns().active:
+            give_back(problem.device)  # a job that is about to wait for others holds only what it needs
         with turns().alone():
             out = ready.run().clone()  # a graph's next replay may write over its results
             error, allowed = relative_error(out, want), tolerance(problem, eager_error)
@@ -59,12 +58,6 @@ def _prepared_and_timed(bench: BenchSubject, job: Measured) -> list[Measurement]
                 return _wrong(problem, job, error, f"relative error above {allowed:.2g}")
             del want
             return _timed(problem, job, ready, out, error, allowed, beside)
-
-
-def _make_room(problem: ModelProblem) -> None:
-    """A job that is about to wait for others holds only what it needs."""
-    if turns().active:
-        give_back(problem.device)
 
 
 def _timed(

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from stof_kernels.baselines.models import ModelProblem
 from stof_kernels.integrations import variants
 
+from .model_memory import give_back
+from .turns import turns
+
 FLOOR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Relative error that is right whatever the eager model's own is."""
 SLACK = 1.25
@@ -37,8 +40,16 @@ class BenchSubject:
     def reference(self) -> tuple[Tensor, float]:
         """The last hidden state in float32 with unfused attention and the same weights, and the eager model's relative error.
 
-        The float32 weights are the model's own, widened for one pass; inputs are rounded to the model's dtype as well.
+        The float32 weights are the model's own, widened for one pass; inputs are rounded to the model's dtype as well. Among
+        jobs that share the device only one does this at a time: it takes more memory than anything after it.
         """
+        with turns().alone():
+            found = self._reference()
+            if turns().active:
+                give_back(self.problem.device)
+        return found
+
+    def _reference(self) -> tuple[Tensor, float]:
         model, dtype = self.model(variants.NATIVE), getattr(torch, self.problem.dtype)
         eager = _forward(model, self.inputs(variants.NATIVE))
         if dtype == torch.float32:
