@@ -3,9 +3,21 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
 #include <utility>
 
 namespace stof::cuda {
+
+// Raises a kernel's limit of dynamic shared memory, once per device. `prepared`: one bit a device, static to the caller.
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int bytes, std::atomic<uint64_t>& prepared, int device) {
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (prepared.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
 
 // For kernels that call wait_for_predecessor() before they touch memory that an earlier kernel writes, or write what it reads.
 // Where the library is not for Hopper it is an ordinary launch.
