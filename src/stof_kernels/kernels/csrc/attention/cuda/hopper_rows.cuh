@@ -7,10 +7,17 @@
 
 namespace stof::cuda {
 
+// Which pieces of a row are written: all.
+struct HopperAllPieces {
+  __device__ __forceinline__ bool operator()(int, int) const { return true; }
+};
+
 // C has the element type T and the numbers kDim (padded: a multiple of 64), kKeys (of a tile: 64), kBlocks (of 64 dims),
 // kBlockBytes (of a tile's keys or values) and kQueryBlockBytes (of a query tile). A block's rows of 128 bytes lie as the copy
 // engine's 128-byte swizzle leaves them. `warp` counts warps of 16 rows in the query tile.
-template <class C>
+// With kSharedQueries the queries stay in shared memory, which saves kDim / 4 registers a thread and costs the products
+// bandwidth.
+template <class C, bool kSharedQueries = false>
 class HopperRows {
   using T = typename C::T;
 
@@ -35,26 +42,31 @@ class HopperRows {
     for (int i = 0; i < C::kDim / 2; ++i) o[i] = 0.f;
   }
 
-  // Queries become operands in registers.
-  __device__ void load_queries(uint32_t queries) {
-    const int row = warp * 16 + (lane & 15);
+  // Queries become operands; those that stay in shared memory must lie there until the last scores are made.
+  __device__ void load_queries(uint32_t address) {
+    queries = address;
+    if constexpr (!kSharedQueries) {
 #pragma unroll
-    for (int k = 0; k < C::kDim / 16; ++k) {
-      const int chunk = (k & 3) * 2 + (lane >> 4);
-      load_matrices(q[k], queries + k / 4 * C::kQueryBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[k][i] ^= p.q_flip;
+      for (int k = 0; k < C::kDim / 16; ++k) load_operand(q[k], k);
     }
   }
-
   // Starts the products of queries and the keys at an address.
   __device__ void start_scores(Scores& s, uint32_t from) {
     const uint32_t keys = descriptor_low(from, 0);
     products_begin();
-    warpgroup_multiply<T, false, true>(s, q[0], descriptor(keys), 0);
+    if constexpr (kSharedQueries) {
+      const uint32_t rows = descriptor_low(queries + (warp & ~3) * 16 * 128, 0);
+      warpgroup_multiply_shared<T, true>(s, descriptor(rows), descriptor(keys), 0);
 #pragma unroll
-    for (int k = 1; k < C::kDim / 16; ++k)
-      warpgroup_multiply<T, false, false>(s, q[k], descriptor(keys + (k / 4 * C::kBlockBytes + (k & 3) * 32) / 16), 1);
+      for (int k = 1; k < C::kDim / 16; ++k)
+        warpgroup_multiply_shared<T, false>(s, descriptor(rows + (k / 4 * C::kQueryBlockBytes + (k & 3) * 32) / 16),
+                                            descriptor(keys + (k / 4 * C::kBlockBytes + (k & 3) * 32) / 16), 1);
+    } else {
+      warpgroup_multiply<T, false, true>(s, q[0], descriptor(keys), 0);
+#pragma unroll
+      for (int k = 1; k < C::kDim / 16; ++k)
+        warpgroup_multiply<T, false, false>(s, q[k], descriptor(keys + (k / 4 * C::kBlockBytes + (k & 3) * 32) / 16), 1);
+    }
     products_commit();
   }
 
@@ -69,6 +81,15 @@ class HopperRows {
     products_commit();
   }
 
+  // After the wait for start_scores(): the sign of a negative scale, where it could not be moved into the queries.
+  __device__ __forceinline__ void sign_scores(Scores& s) const {
+    if constexpr (kSharedQueries) {
+      if (p.q_flip == 0) return;
+#pragma unroll
+      for (int i = 0; i < C::kKeys / 2; ++i) s[i] = -s[i];
+    }
+  }
+
   // Scores of one warp alone, which cannot use the warpgroup's products.
   __device__ __forceinline__ void warp_scores(Scores& s, uint32_t keys) const {
 #pragma unroll
@@ -78,12 +99,15 @@ class HopperRows {
     for (int k = 0; k < C::kDim / 16; ++k) {
       const int chunk = (k & 3) * 2 + ((lane >> 3) & 1);
       const uint32_t from = keys + k / 4 * C::kBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4);
+      uint32_t shared[4];
+      if constexpr (kSharedQueries) load_operand(shared, k);
+      const uint32_t* a = kSharedQueries ? shared : q[kSharedQueries ? 0 : k];
 #pragma unroll
       for (int n = 0; n < C::kKeys / 16; ++n) {
         uint32_t b[4];
         load_matrices(b, from + n * 16 * 128);
-        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8]), q[k], b[0], b[1]);
-        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8 + 4]), q[k], b[2], b[3]);
+        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8]), a, b[0], b[1]);
+        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8 + 4]), a, b[2], b[3]);
       }
     }
   }
@@ -127,6 +151,11 @@ class HopperRows {
     for (int r = 0; r < 2; ++r) row_sum[r] = fmaf(row_sum[r], factor[r], sum[r]);
   }
 
+  // Whether all rows of the warp have had a key: softmax() can do with what scores are relative to.
+  __device__ __forceinline__ bool settled() const {
+    return __all_sync(0xffffffffu, shift[0] != kEmpty && shift[1] != kEmpty);
+  }
+
   // After exact_softmax(), where a tile was done before.
   __device__ __forceinline__ void rescale_output() {
 #pragma unroll
@@ -151,8 +180,10 @@ class HopperRows {
     }
   }
 
-  // The four threads of a row trade their pairs of columns for whole chunks of 8, so that a store is 16 bytes.
-  __device__ void write_output(const Instance& at, int row0) const {
+  // The four threads of a row trade their pairs of columns for whole chunks of 8, so that a store is 16 bytes. `mine(r, c)`:
+  // whether to write the 32 dims from chunk c on of the thread's row r.
+  template <class Mine = HopperAllPieces>
+  __device__ void write_output(const Instance& at, int row0, Mine mine = {}) const {
     T* out = static_cast<T*>(p.out) + at.batch * p.out_stride.batch + at.head * p.out_stride.head;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -161,31 +192,34 @@ class HopperRows {
       const float sum = row_sum[r], scale = sum == 0.f ? 0.f : reciprocal_fast(sum);
 #pragma unroll
       for (int c = 0; c < C::kDim / 8; c += 4) {
-        uint32_t mine[4];
+        if (!mine(r, c)) continue;
+        uint32_t words[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          mine[j] = Element<T>::pack(o[(c + j) * 4 + r * 2] * scale, o[(c + j) * 4 + r * 2 + 1] * scale);
-        exchange(mine);
+          words[j] = Element<T>::pack(o[(c + j) * 4 + r * 2] * scale, o[(c + j) * 4 + r * 2 + 1] * scale);
+        exchange(words);
         const int chunk = c + (lane & 3);
         if (inside && chunk * 8 < p.head_dim)
           *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * p.out_stride.row + chunk * 8) =
-              make_uint4(mine[0], mine[1], mine[2], mine[3]);
+              make_uint4(words[0], words[1], words[2], words[3]);
       }
-      if (p.lse != nullptr && (lane & 3) == 0 && inside)
+      if (p.lse != nullptr && (lane & 3) == 0 && inside && mine(r, 0))
         p.lse[lse_index(p, at, row)] = sum == 0.f ? -INFINITY : (shift[r] + log2_fast(sum)) * kLn2;
     }
   }
 
   // Sums of a part of a query tile whose key list was cut, joined later by the combine kernel.
-  __device__ void write_part(const BlockLayout& layout, int part, int copy) const {
+  template <class Mine = HopperAllPieces>
+  __device__ void write_part(const BlockLayout& layout, int part, int copy, Mine mine = {}) const {
     const int64_t first = (static_cast<int64_t>(part) * layout.copies + copy) * layout.q_tile;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = first + warp * 16 + r * 8 + (lane >> 2);
-      if ((lane & 3) == 0) layout.part_stat[row] = make_float2(shift[r], row_sum[r]);
+      if ((lane & 3) == 0 && mine(r, 0)) layout.part_stat[row] = make_float2(shift[r], row_sum[r]);
 #pragma unroll
       for (int n = 0; n < C::kDim / 8; ++n) {
         if (n * 8 >= p.head_dim) break;
+        if (!mine(r, n / 4 * 4)) continue;
         *reinterpret_cast<float2*>(layout.part_out + row * p.head_dim + n * 8 + (lane & 3) * 2) =
             make_float2(o[n * 4 + r * 2], o[n * 4 + r * 2 + 1]);
       }
@@ -195,7 +229,8 @@ class HopperRows {
  private:
   const Problem& p;
   const int warp, lane;
-  uint32_t q[C::kDim / 16][4];
+  uint32_t queries;
+  uint32_t q[kSharedQueries ? 1 : C::kDim / 16][4];
   uint32_t probability[C::kKeys / 16][4];
   float factor[2];
 
@@ -203,6 +238,14 @@ class HopperRows {
   static constexpr float kMostSum = 32768.f;
   // Shift of a row with nothing to attend so far: any score becomes infinite, and the sum shows it.
   static constexpr float kEmpty = 3e38f;
+
+  // 16 dims of the warp's queries.
+  __device__ __forceinline__ void load_operand(uint32_t (&a)[4], int k) const {
+    const int row = warp * 16 + (lane & 15), chunk = (k & 3) * 2 + (lane >> 4);
+    load_matrices(a, queries + k / 4 * C::kQueryBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] ^= p.q_flip;
+  }
 
   // Scores to probabilities, and their sums.
   __device__ void exponentials(Scores& s, float (&sum)[2]) {
