@@ -196,7 +196,9 @@ def test_3_and_4_a_layer_is_six_products_and_the_others_kernels():
     names = kernels_of(ready.run)
     assert sum("gemm_kernel" in name for name in names) == 6, names
     others = [name for name in names if "gemm_kernel" not in name]
-    assert not [name for name in others if "gelu" in name or "erf" in name or "gemm" in name or "flash" in name], names
+    assert not [name for name in others if "gelu" in name or "erf" in name or "flash" in name], names
+    # Inductor's own kernels are named by what they read, a product's result too.
+    assert not [name for name in others if "gemm" in name and not name.startswith("triton_")], names
     assert any("layer_norm" in name for name in others)
     assert any("softmax" in name for name in others)
 

@@ -7,7 +7,6 @@ alignment. ACSR holds one arithmetic progression of columns per row and one mask
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,10 +34,9 @@ def _prepare(problem: Problem, tensors: Tensors, store: Callable[[], list[Stored
     """``store()`` once for the calls, with configurations tuned on these tensors; again, planned alike, to time the build."""
     from .splat_kernels.attention import Attention, Plan
 
-    start = time.perf_counter()
     attention = Attention(store(), tensors.q, tensors.k, tensors.v, problem.scale, simt)
     choices = [plan.choice for plan in attention.plans]
-    notes = [note, *map(str, attention.plans), f"planned, compiled and tuned in {time.perf_counter() - start:.2f} s"]
+    notes = [note, *map(str, attention.plans)]
     return Prepared(
         attention.run,
         problem.pattern,

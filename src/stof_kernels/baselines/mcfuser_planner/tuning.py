@@ -50,10 +50,7 @@ class Tuned:
     seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.kernel}; {len(self.trials)} of {self.space} candidates measured in {self.rounds} rounds, "
-            f"{self.seconds:.1f} s"
-        )
+        return f"{self.kernel}; {len(self.trials)} of {self.space} candidates measured in {self.rounds} rounds"
 
 
 def device_peaks(device: torch.device) -> Peaks:

@@ -42,7 +42,7 @@ def mcfuser(subject: Subject) -> ModelReady:
     run()
     torch.cuda.synchronize()
     took = time.perf_counter() - began
-    kernels = "; ".join(str(a.tuned) for a in attention.known())
+    kernels = "; ".join(f"{a.tuned} and {a.tuned.seconds:.1f} s" for a in attention.known())
     return ModelReady(run, took, note=f"attention tuned: {kernels}; the rest by torch.compile")
 
 
