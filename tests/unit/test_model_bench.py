@@ -246,6 +246,16 @@ def test_another_mask_is_a_wrong_result(job, fake):
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
 
+def test_every_stack_gets_the_attention(monkeypatch):
+    """Also under versions of transformers that set it at the top only."""
+    bench = model_subject.subject(dict(model_problems(SETTINGS, "cpu"))["t5:2x96"])
+    top = type(bench.model(variants.NATIVE))
+    monkeypatch.setattr(top, "set_attn_implementation", lambda self, name: None)
+    for attention in (variants.SDPA, variants.NATIVE):
+        stacks = bench.model(attention)
+        assert {part.config._attn_implementation for part in stacks.modules() if hasattr(part, "config")} == {attention}
+
+
 def test_the_reference_widens_the_weights_and_gives_them_back():
     problem = replace(dict(model_problems(ONE, "cpu"))["bert_base:2x130"], dtype="bfloat16")
     bench = model_subject.subject(problem)

@@ -31,6 +31,11 @@ class BenchSubject:
     def model(self, attention: str) -> nn.Module:
         """The model with an attention that transformers knows."""
         self._module.set_attn_implementation(attention)
+        # In transformers 5.17 that stops at the model's own config: T5's two stacks have copies of it.
+        for part in self._module.modules():
+            config = getattr(part, "config", None)
+            if getattr(config, "_attn_implementation", attention) != attention:
+                config._attn_implementation = attention
         return self._module
 
     def inputs(self, attention: str) -> dict[str, Any]:
