@@ -78,6 +78,28 @@ def test_processes_compile_into_the_cache_on_disk(monkeypatch, folder):
     assert "griddepcontrol.wait" in text
 
 
+OTHER_SETTINGS = """
+import json, sys, torch, triton
+from stof_kernels.fusion.templates import compile_worker
+from stof_kernels.fusion.templates.compiler import CompilerPool
+task = json.loads(sys.argv[1])
+with CompilerPool(1) as pool:
+    reason = pool.submit(task).result(timeout=120)
+triton.knobs.compilation.always_compile = True  # Triton's own look-up would compile again
+triton.compile = None
+print(reason, compile_worker.compiled(task).metadata.num_warps)
+"""
+
+
+def test_what_another_process_has_compiled_is_found_whatever_this_one_has_set(monkeypatch, folder):
+    task = json.dumps(launch(monkeypatch=monkeypatch).task)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_SETTINGS, task], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["None", "4"], done.stderr
+
+
 def test_without_processes_nothing_is_compiled_ahead(monkeypatch, folder):
     with CompilerPool(processes=0) as pool:
         assert pool.submit(launch(monkeypatch=monkeypatch).task).result(timeout=1) is None

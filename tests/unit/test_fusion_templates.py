@@ -16,7 +16,8 @@ from torch import nn
 from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
-from stof_kernels.fusion.templates import TEMPLATES, tiles
+from stof_kernels.fusion.templates import TEMPLATES, gemm_maps, tiles
+from stof_kernels.fusion.templates.base import setting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -223,6 +224,44 @@ def test_half_precision_is_no_worse_than_eager(case):
     for a, b, w in zip(got, eager, want, strict=True):
         assert a.dtype == torch.float16
         assert (a.float() - w).abs().max() <= max(5e-3, 1.25 * (b.float() - w).abs().max())
+
+
+@triton
+@pytest.mark.parametrize("blocks", [0, 3])
+@pytest.mark.parametrize(
+    "case", ["gelu after", "residual after", "gate and what it gates", "weights stored (in, out)", "no bias"]
+)
+def test_tensor_maps_read_the_same_tiles(monkeypatch, case, blocks):
+    monkeypatch.setattr(gemm_maps, "_FEWEST_ROWS", 1)
+    segment, inputs = segment_of(case, torch.float16)
+    template = TEMPLATES["gemm_maps"]
+    assert template.supports(segment) is None
+    with torch.no_grad():
+        want = segment.module(*inputs)
+        # Tiles that reach over every edge: 18 rows, 48 columns, depth 40.
+        got = template.build(segment, setting(BM=16, BN=32, BK=16, warps=4, stages=2, blocks=blocks))(*inputs)
+    for a, b in zip(got, want, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-3)
+
+
+@triton
+def test_tensor_maps_say_what_they_cannot():
+    template = TEMPLATES["gemm_maps"]
+    assert "float32" in template.supports(segment_of("gelu after")[0])
+    assert "fewer than 1024 rows" in template.supports(segment_of("gelu after", torch.float16)[0])
+
+
+def test_short_activations_are_within_the_rounding_of_half_precision():
+    """The formulas of `HELPERS` with tanh.approx's worst error, 2 ** -11 of its value, on either side."""
+    x = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
+    square = (x * x).clamp(max=20.0)
+    by_erf = x * (0.79750788 + square * (0.0370056495 - 0.000351517322 * square))
+    by_tanh = x * (0.7978845608028654 + 0.03567740813636141 * x * x)
+    for inner, want in ((by_erf, F.gelu(x)), (by_tanh, F.gelu(x, approximate="tanh")), (x / 2, F.silu(x))):
+        for error in (-(2.0**-11), 0.0, 2.0**-11):
+            got = x / 2 + x / 2 * torch.tanh(inner) * (1 + error)
+            assert ((got - want).abs() <= 5e-5 + abs(error) * x.abs() / 2).all()
 
 
 @triton

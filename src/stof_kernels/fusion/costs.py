@@ -317,7 +317,9 @@ class Space:
         """
         first, rest = [("eager", ())], []
         for name, template in TEMPLATES.items():
-            if name == "eager" or not allowed(name) or template.supports(segment) is not None:
+            if name == "eager" or not allowed(name):
+                continue
+            if template.supports(segment) is not None or not template.promising(segment):
                 continue
             settings = template.settings(segment)
             first.append((name, settings[0]))

@@ -41,14 +41,6 @@ def _closed(group: Match) -> bool:
     return len(exits) == 1 and not any(user in group for user in exits[0].users)
 
 
-def _through_cast(node: object, group: Match) -> object:
-    """The value behind a cast that only this group reads; the cast joins the group."""
-    if isinstance(node, fx.Node) and node.target in _CASTS:
-        group.add(node)
-        return node.args[0]
-    return node
-
-
 def _follow(node: fx.Node, targets: set, group: Match) -> fx.Node | None:
     """The only user of a node if it is one of the targets; it joins the group."""
     users = list(node.users)

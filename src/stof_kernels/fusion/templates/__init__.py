@@ -5,6 +5,7 @@ from .cublas import CublasEpilogue
 from .eager import Eager
 from .gemm import Gemm
 from .gemm_gemm import GemmGemm
+from .gemm_maps import GemmMaps
 from .inductor import Inductor
 from .projection_rotary import ProjectionRotary
 from .rotary import Rotary
@@ -17,6 +18,7 @@ _ALL = (
     Inductor(),
     Rowwise(),
     Gemm(),
+    GemmMaps(),
     SplitGemm(),
     GemmGemm(),
     Rotary(),

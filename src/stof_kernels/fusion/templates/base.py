@@ -35,6 +35,10 @@ class Template(ABC):
     def check(self, segment: Segment) -> None:
         """Raises `Unsupported` with the reason if it cannot run this segment."""
 
+    def promising(self, segment: Segment) -> bool:
+        """Whether a search of seconds should try it on a segment that it supports: no where it was seen to lose by far."""
+        return True
+
     def settings(self, segment: Segment) -> list[Setting]:
         """Parameters worth trying, the default first."""
         return [()]
@@ -47,6 +51,13 @@ class Template(ABC):
 def setting(**values: int) -> Setting:
     """Parameters as a `Setting`."""
     return tuple(sorted(values.items()))
+
+
+def compiles_for(device: torch.device) -> bool:
+    """Whether Triton compiles kernels for a device; elsewhere they are interpreted."""
+    import triton
+
+    return device.type == "cuda" and not triton.knobs.runtime.interpret
 
 
 def require_triton(segment: Segment) -> None:

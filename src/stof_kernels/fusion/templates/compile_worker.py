@@ -1,16 +1,20 @@
 """Compiles one generated Triton kernel, here or in a process of its own; imports nothing but Triton, so that it starts fast.
 
-As a script it answers one JSON task per line of its input with one JSON line: null, or the first line of an error.
+As a script it answers one JSON task per line of its input with one JSON line: the kernel's name in Triton's cache, or an error.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
+
+stored: dict[str, str] = {}
+"""Names in Triton's cache of kernels that other processes have compiled, by their task as JSON."""
 
 
 @lru_cache(maxsize=4096)
@@ -38,17 +42,36 @@ def compiled(task: dict[str, Any]) -> Any:
         constexprs=dict(task["constants"]),
         attrs={(i,): [["tt.divisibility", 16]] for i in task["aligned"]},
     )
+    if (found := _found(source, stored.get(json.dumps(task), ""))) is not None:
+        return found
     options = {"num_warps": task["warps"], "num_stages": task["stages"]}
     if task["overlap"]:
         options["launch_pdl"] = True
     return triton.compile(source, target=GPUTarget("cuda", task["arch"], 32), options=options)
 
 
-def _prepare(task: dict[str, Any]) -> str | None:
+def _found(source: Any, name: str) -> Any:
+    """What another process has put into Triton's cache under this name, or None.
+
+    Asking by the source instead would compile it again wherever the two processes' settings differ in anything that Triton
+    counts in, such as paths that PyTorch sets in the process that uses it.
+    """
+    from triton.compiler import CompiledKernel
+    from triton.runtime.cache import get_cache_manager
+
+    group = get_cache_manager(name).get_group(f"{source.name[:150]}.json") if name else None
+    return CompiledKernel(source, group, name) if group else None
+
+
+def _prepare(task: dict[str, Any]) -> dict[str, str]:
+    import triton
+
+    triton.knobs.cache.dir = task.pop("cache")
     try:
         kernel = compiled(task)
     except Exception as error:
-        return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)[:300]
+        last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        return {"error": last[:300]}
     try:
         # The launcher is compiled too, by a C compiler, and kept on disk. It needs the driver's library but no device.
         from triton.backends.nvidia.driver import CudaLauncher
@@ -56,11 +79,14 @@ def _prepare(task: dict[str, Any]) -> str | None:
         CudaLauncher(kernel.src, kernel.metadata)
     except Exception:
         pass  # then it is compiled where it is used
-    return None
+    return {"name": kernel.hash}
 
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a compiler prints is no answer
+    # What compilers print is no answer, and what lies beside this file hides no module.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     import triton  # noqa: F401  (so that the first task does not wait for it)
 
     for line in sys.stdin:

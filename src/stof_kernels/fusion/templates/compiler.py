@@ -31,6 +31,8 @@ class CompilerPool:
         self._number = itertools.count()
         self._futures: dict[str, Future] = {}
         self._began: dict[Future, float] = {}
+        self._cache = _cache_dir() if count else ""
+        self.lost = 0  # tasks that no process could answer
         self._workers = [worker for worker in (_start() for _ in range(count)) if worker is not None]
         self.threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
         for thread in self.threads:
@@ -66,11 +68,15 @@ class CompilerPool:
                 break
             self._began[future] = time.perf_counter()
             try:
-                worker.stdin.write(text + "\n")
+                worker.stdin.write(json.dumps({**json.loads(text), "cache": self._cache}) + "\n")
                 worker.stdin.flush()
-                future.set_result(json.loads(worker.stdout.readline()))
+                answer = json.loads(worker.stdout.readline())
             except (OSError, ValueError):
-                future.set_result(None)  # the process is gone: compiled where it is launched
+                self.lost += 1
+                answer = {}  # the process is gone: compiled where it is launched
+            if "name" in answer:
+                compile_worker.stored[text] = answer["name"]
+            future.set_result(answer.get("error"))
 
     def close(self) -> None:
         """End the processes; what waits is dropped."""
@@ -96,6 +102,13 @@ class CompilerPool:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _cache_dir() -> str:
+    """Where this process looks for compiled kernels."""
+    import triton
+
+    return str(triton.knobs.cache.dir)
 
 
 def _start() -> subprocess.Popen | None:

@@ -21,6 +21,7 @@ from .rowwise import empty_outputs, indent, stores
 from .tiles import device_of, power_of_two
 
 _MOST_WIDE = 1024  # columns of the result that one block accumulates
+_MOST_ROWS = 2048  # beyond, two products of larger tiles take a fraction of its time
 
 _KERNEL = """
 @triton.jit
@@ -110,6 +111,10 @@ class GemmGemm(Template):
         if power_of_two(columns) > _MOST_WIDE:
             raise Unsupported(f"a result of {columns} columns, allowed: up to {_MOST_WIDE}")
         return ChainProgram(first, x, x.meta["val"].shape[-1], between, between.values[hidden], last, after)
+
+    def promising(self, segment: Segment) -> bool:
+        """Where rows are few and weights dominate."""
+        return self.program(segment).after.rows <= _MOST_ROWS
 
     def settings(self, segment: Segment) -> list[Setting]:
         """Rows of a block, width of an inner step, depth of a step, warps."""

@@ -20,25 +20,30 @@ _FETCH_ROWS = 512  # up to here a block spends its time waiting for its weights
 _LINE = 128  # bytes of a cache line
 GROUP = 8  # row tiles that neighbouring blocks take before the next column tile
 
+_ORDER = """
+# Neighbouring blocks take neighbouring rows of one column tile, so that weights are read from L2.
+tiles_m: tl.constexpr = (M + BM - 1) // BM
+tiles_n: tl.constexpr = ({columns} + BN - 1) // BN
+width: tl.constexpr = GROUP * tiles_n * {sides}
+first = pid // width * GROUP
+height = tl.minimum(tiles_m - first, GROUP)
+row0 = (first + pid % width % height) * BM
+rows = row0 + tl.arange(0, BM)
+tile = pid % width // height
+side = tile // tiles_n
+col0 = tile % tiles_n * BN
+{cols} = col0 + tl.arange(0, BN)
+"""
+
 _KERNEL = """
 @triton.jit
 def kernel(x_ptr, {pointers}, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
            SPLIT: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr):
-    # Neighbouring blocks take neighbouring rows of one column tile, so that weights are read from L2.
-    tiles_m: tl.constexpr = (M + BM - 1) // BM
-    tiles_n: tl.constexpr = ({columns} + BN - 1) // BN
-    width: tl.constexpr = GROUP * tiles_n * {sides}
+    pid, part = tl.program_id(0), tl.program_id(1)
+{order}
     steps: tl.constexpr = ({depth} + BK * SPLIT - 1) // (BK * SPLIT)
     whole_k: tl.constexpr = {depth} % (BK * SPLIT) == 0
     whole_n: tl.constexpr = {columns} % BN == 0
-    pid = tl.program_id(0)
-    part = tl.program_id(1)
-    first = pid // width * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    rows = (first + pid % width % height) * BM + tl.arange(0, BM)
-    tile = pid % width // height
-    side = tile // tiles_n
-    cols = tile % tiles_n * BN + tl.arange(0, BN)
     near = tl.minimum(cols, {columns} - 1).to(tl.int64)
     ks = tl.arange(0, BK)
 {select}
@@ -121,6 +126,22 @@ def fetch_lines(rows: int, span: int, product: Product, device: torch.device) ->
     return power_of_two(span if product.transposed else -(-span * product.x.meta["val"].element_size() // _LINE))
 
 
+def tile_order(columns: int, sides: int, cols: str = "cols") -> list[str]:
+    """Lines that find the ``rows``, ``side`` and columns of tile ``pid``, for products of so many columns side by side."""
+    return _ORDER.format(columns=columns, sides=sides, cols=cols).strip().splitlines()
+
+
+def of_side(names: dict[str, str], sides: int) -> list[str]:
+    """Lines that give each variable the pointer of its block's side; pointers are called by a letter and the side."""
+    lines = [f"{variable} = {letter}0_ptr" for variable, letter in names.items()]
+    for side in range(1, sides):
+        lines += [
+            f"if side == {side}:",
+            *(f"    {variable} = {letter}{side}_ptr" for variable, letter in names.items()),
+        ]
+    return lines
+
+
 def _source(program: GemmProgram, partial: bool) -> str:
     """The kernel's text; a partial one stores float32 sums of its part of the depth as (part, side, row, column)."""
     rows, products = program.rows, program.products
@@ -132,7 +153,7 @@ def _source(program: GemmProgram, partial: bool) -> str:
         pointers=", ".join(weights + outputs),
         columns=columns,
         depth=depth,
-        sides=sides,
+        order=indent(tile_order(columns, sides)),
         line=1 if products[0].transposed else _LINE // element,
         select=indent(_select(program, partial)),
         fetch=indent([f"        {line}" for i in range(count) for line in _fetch(i, products[i], columns, depth)]),
@@ -148,14 +169,10 @@ def _select(program: GemmProgram, partial: bool) -> list[str]:
     """Lines that pick the tensors of this block's side."""
     if program.sides == 1:
         return [f"weight{i} = w{i}_ptr" for i in range(program.count)]
-    lines = ["weight0 = w0_ptr"]
-    names = [] if partial else ["out"] + (["bias"] if program.products[0].bias is not None else [])
-    prefix = {"out": "o", "bias": "i"}
-    lines += [f"{name} = {prefix[name]}0_ptr" for name in names]
-    for side in range(1, program.sides):
-        lines += [f"if side == {side}:", f"    weight0 = w{side}_ptr"]
-        lines += [f"    {name} = {prefix[name]}{side}_ptr" for name in names]
-    return lines
+    names = {"weight0": "w"}
+    if not partial:
+        names |= {"out": "o"} | ({"bias": "i"} if program.products[0].bias is not None else {})
+    return of_side(names, program.sides)
 
 
 def _fetch(i: int, product: Product, columns: int, depth: int) -> list[str]:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 
 from ... import settings
 from . import compile_worker
+from .base import compiles_for
 from .rows import HELPERS
 
 _IMPORTS = "import triton\nimport triton.language as tl\nfrom triton.language.extra import cuda\n"
@@ -88,25 +90,43 @@ def load(source: str) -> ModuleType:
 @lru_cache(maxsize=16)
 def arch_of(device: torch.device) -> int:
     """Compute capability as in 90; 0 where kernels are interpreted."""
-    import triton
-
-    if device.type != "cuda" or triton.knobs.runtime.interpret:
+    if not compiles_for(device):
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
+@dataclass(frozen=True)
+class Map:
+    """A tensor map as a kernel's argument: tiles of ``block`` (rows, columns) of a contiguous matrix of this type."""
+
+    dtype: torch.dtype
+    block: tuple[int, int]
+
+    def of(self, matrix: Tensor) -> Any:
+        """The argument for a matrix (rows, columns), which is copied where its memory does not start at 16 bytes."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        matrix = matrix if matrix.data_ptr() % 16 == 0 else matrix.clone()
+        return TensorDescriptor.from_tensor(matrix, list(self.block))
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Triton's type of the argument."""
+        return f"tensordesc<{_TYPES[self.dtype][1:]}{list(self.block)}>", False
+
+
 class Launch:
     """One kernel with its constants, ready to be compiled ahead and launched with tensors and integers.
 
-    ``arguments`` describe what it will be launched with: nodes of a graph, tensors or dtypes for pointers, and integers.
+    ``arguments`` describe what it will be launched with: nodes of a graph, tensors or dtypes for pointers, maps, integers.
     """
 
     def __init__(
         self,
         source: str,
         device: torch.device,
-        arguments: Sequence[fx.Node | Tensor | torch.dtype | int],
+        arguments: Sequence[fx.Node | Tensor | torch.dtype | Map | int],
         constants: dict[str, int],
         warps: int,
         stages: int = 3,
@@ -136,7 +156,7 @@ class Launch:
             **self._options,
         }
 
-    def __call__(self, grid: tuple[int, ...], *arguments: Tensor | int) -> None:
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Run it on the current stream."""
         if not self._arch:
             self._interpret(grid, arguments)
@@ -148,21 +168,25 @@ class Launch:
         constants = tuple(self._constants[name] for name in kernel.src.fn.arg_names[len(arguments) :])
         kernel[(*grid, 1, 1)[:3]](*arguments, *constants)
 
-    def _interpret(self, grid: tuple[int, ...], arguments: Sequence[Tensor | int]) -> None:
+    def _interpret(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
         kernel = compile_worker.module_at(self._path).kernel
         constants = {name: self._constants[name] for name in kernel.arg_names if name in self._constants}
         kernel[grid](*arguments, **constants)
 
 
-def _kind(argument: Tensor | int) -> tuple[str, bool]:
+def _kind(argument: Any) -> tuple[str, bool]:
     """Triton's type of an argument, and whether it is a multiple of 16."""
     if isinstance(argument, Tensor):
         return _TYPES[argument.dtype], argument.data_ptr() % 16 == 0
+    if not isinstance(argument, int):
+        return Map(argument.base.dtype, tuple(argument.block_shape)).kind
     return ("i32" if -(2**31) <= argument < 2**31 else "i64"), argument % 16 == 0
 
 
-def _expected(argument: fx.Node | Tensor | torch.dtype | int) -> tuple[str, bool]:
+def _expected(argument: fx.Node | Tensor | torch.dtype | Map | int) -> tuple[str, bool]:
     """The same before there is a tensor: those that PyTorch allocates are aligned."""
+    if isinstance(argument, Map):
+        return argument.kind
     if isinstance(argument, fx.Node):
         argument = argument.meta["val"].dtype
     if isinstance(argument, Tensor):

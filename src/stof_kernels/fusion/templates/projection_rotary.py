@@ -15,7 +15,7 @@ from ..graph import Kind
 from ..segments import Run, Segment
 from .base import Setting, Template, Unsupported, require_triton
 from .gemm import common_input
-from .gemm_source import GROUP, Product, exact, fetch_lines, product_of
+from .gemm_source import GROUP, Product, exact, fetch_lines, of_side, product_of, tile_order
 from .library import Launch
 from .rotary import Rotation, rotation_of, value_of
 from .rows import base_of
@@ -28,16 +28,8 @@ _KERNEL = """
 @triton.jit
 def kernel(x_ptr, {pointers}, cos_ptr, sin_ptr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
            GROUP: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr):
-    tiles_m: tl.constexpr = (M + BM - 1) // BM
-    tiles_n: tl.constexpr = {half_columns} // BN
-    width: tl.constexpr = GROUP * tiles_n * {sides}
     pid = tl.program_id(0)
-    first = pid // width * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    rows = (first + pid % width % height) * BM + tl.arange(0, BM)
-    tile = pid % width // height
-    side = tile // tiles_n
-    pair = tile % tiles_n * BN + tl.arange(0, BN)
+{order}
     cols = pair // {half} * {dim} + pair % {half}
     near = cols.to(tl.int64)
     ks = tl.arange(0, BK)
@@ -217,12 +209,8 @@ def _fits(program: ProjectionProgram) -> bool:
 def _launch(program: ProjectionProgram, segment: Segment, values: dict[str, int]) -> Launch:
     count, biased = len(program.products), program.products[0].bias is not None
     dim, length = program.rotation.x.meta["val"].shape[-1], program.rotation.x.meta["val"].shape[2]
-    names = ["w", *(["b"] if biased else []), "o"]
-    pointers = [f"{name}{i}_ptr" for name in names for i in range(count)]
-    variables = {"w": "weight", "b": "bias", "o": "out"}
-    select = [f"{variables[name]} = {name}0_ptr" for name in names]
-    for side in range(1, count):
-        select += [f"if side == {side}:", *(f"    {variables[name]} = {name}{side}_ptr" for name in names)]
+    variables = {"weight": "w"} | ({"bias": "b"} if biased else {}) | {"out": "o"}
+    pointers = [f"{letter}{i}_ptr" for letter in variables.values() for i in range(count)]
     half = dim // 2
     biases = [
         f"{name} += tl.load(bias + cols + {offset}).to(tl.float32)[None, :]"
@@ -230,16 +218,15 @@ def _launch(program: ProjectionProgram, segment: Segment, values: dict[str, int]
     ]
     text = _KERNEL.format(
         pointers=", ".join(pointers),
-        half_columns=program.columns // 2,
         columns=program.columns,
-        sides=count,
+        order=indent(tile_order(program.columns // 2, count, "pair")),
         half=half,
         dim=dim,
         depth=program.depth,
         length=length,
         table_stride=program.rotation.cos.meta["val"].stride(2),
         line=128 // program.x.meta["val"].element_size(),
-        select=indent(select),
+        select=indent(of_side(variables, count)),
         biases=indent(biases if biased else []),
         turned=indent([f"last = tl.where(side == {i}, M, last)" for i in sorted(program.rotations)]),
         exact=exact(program.products[0]),

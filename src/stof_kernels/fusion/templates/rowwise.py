@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -120,7 +120,7 @@ def stores(program: RowProgram) -> list[str]:
     ]
 
 
-def indent(lines: list[str]) -> str:
+def indent(lines: Iterable[str]) -> str:
     """Lines of a kernel's body."""
     return "\n".join(f"    {line}" for line in lines)
 

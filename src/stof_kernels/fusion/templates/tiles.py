@@ -16,6 +16,7 @@ from .base import Setting, setting
 
 _FLOP_PER_US, _BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
 _LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
+_ROUNDS = 4
 # Share of the matrix rate that tiles of this area reach; below 64 rows there is no warpgroup instruction.
 _EFFICIENCY = {256: 0.85, 128: 0.75, 64: 0.6}
 
@@ -50,9 +51,13 @@ def candidates(
     ``size`` is the bytes of an operand's element.
     """
     ranked = []
+    # Where the largest tiles go round several times anyway, smaller ones only read more: up to 90 % slower on an H200.
+    crowded = -(-rows // 128) * -(-columns // 128) * sides * count >= _ROUNDS * device.multiprocessors
     for m in (16, 32, 64, 128, 256):
         for n in (16, 32, 64, 128, 256):
             if m > max(16, power_of_two(rows)) or n > power_of_two(columns) or m * n * count > 128 * 256 or m * n < 512:
+                continue
+            if crowded and min(m, n * count) < 128:
                 continue
             blocks = -(-rows // m) * -(-columns // n) * sides
             ranked.append((_cost(m, n, blocks, depth, count, size, device), m, n, blocks > device.multiprocessors))
