@@ -241,6 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_layout(Tensor strip_ptr
   out = layout_of(ptr, col, slot, bits, request.q_tile);
   check_launch(op, schedule_items(request.cells, out, request.chunking, data_of<int>(scratch), stream));
   check_launch(op, fill_tiles(request.cells, out, data_of<int>(scratch), stream));
+  // Whoever gets a layout with its sizes may read it before the kernels of his stream have ended: attention on Hopper does.
+  check_launch(op, cudaStreamSynchronize(stream));
   Tensor plan = torch::stable::empty({8}, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   const int64_t words[8] = {1, q_tile, kv_chunk, 0, header[0], header[1], header[2], header[5]};
   std::copy(words, words + 8, data_of<int64_t>(plan));
