@@ -29,7 +29,8 @@ def split(graph: OpGraph) -> list[Block]:
 def start_schemes(graph: OpGraph, block: Block) -> list[FusionScheme]:
     """Where a search starts: first frequent runs of memory-intensive operators as one segment each, then rules on top.
 
-    A run is frequent if its structure occurs at least twice in the graph. The rule of STOF's paper: with few rows a chain
+    A run is frequent if its structure occurs at least twice in the graph. The rules: the other runs as one segment each too, for
+    no move around a product comes to those that stand between products far away; and, of STOF's paper, with few rows a chain
     product - elementwise - product is fused first.
     """
     ops = [graph.ops[i] for i in block.layer(0)]
@@ -40,7 +41,7 @@ def start_schemes(graph: OpGraph, block: Block) -> list[FusionScheme]:
     for run in _memory_runs(kinds):
         if frequent[tuple(keys[block.start + i] for i in run)] >= 2:
             joined |= set(run[1:])
-    found = [joined]
+    found = [joined, {i for run in _memory_runs(kinds) for i in run[1:]}]
     if _rows(graph, block) <= _FEW_ROWS:
         for run in _memory_runs(kinds):
             chain = range(run[0] - 1, run[-1] + 2)

@@ -300,7 +300,7 @@ class Space:
     """Candidates of one segment in a fixed random order, and the best one measured so far.
 
     ``late`` are those that the search admits one segment at a time, where it is worth their time. ``covered``: some template
-    beside eager and Inductor runs the segment.
+    beside eager and Inductor could run the segment.
     """
 
     segment: Segment
@@ -315,11 +315,14 @@ class Space:
 
         On CUDA Inductor is late: it takes seconds to compile what a template compiles in a fraction of one, on another core.
         """
-        first, rest = [("eager", ())], []
+        first, rest, supported = [("eager", ())], [], set()
         for name, template in TEMPLATES.items():
             if name == "eager" or not allowed(name):
                 continue
-            if template.supports(segment) is not None or not template.promising(segment):
+            if template.supports(segment) is not None:
+                continue
+            supported.add(name)
+            if not template.promising(segment):
                 continue
             settings = template.settings(segment)
             first.append((name, settings[0]))
@@ -328,7 +331,7 @@ class Space:
         late: list[tuple[str, Setting]] = []
         if segment.device.type == "cuda":
             late = [candidate for candidate in first + rest if candidate[0] == "inductor"]
-        covered = bool({name for name, _ in first} - {"eager", "inductor"})
+        covered = bool(supported - {"inductor"})
         return cls(segment, [c for c in first + rest if c not in late], late=late, covered=covered)
 
     def sample(self, meter: Meter, most: int) -> int:
