@@ -11,11 +11,12 @@ from stof_kernels.kernels import raw
 
 pytestmark = pytest.mark.gpu
 
-ROW_WISE, WIDE, TALL, LARGE, SPLIT, HOPPER, HOPPER_PAIR = 0, 1, 2, 3, 4, 5, 6
-KERNELS = {"row_wise": (ROW_WISE, 64, 0), "wide": (WIDE, 64, 0), "cut": (WIDE, 64, 2), "tall": (TALL, 64, 0),
+ROW_WISE, WIDE, LARGE, SPLIT, HOPPER, HOPPER_PAIR, HOPPER_SPLIT = range(7)
+KERNELS = {"row_wise": (ROW_WISE, 64, 0), "wide": (WIDE, 64, 0), "cut": (WIDE, 64, 2),
            "large": (LARGE, 128, -1), "split": (SPLIT, 64, 0), "split_cut": (SPLIT, 64, 3),
            "hopper": (HOPPER, 64, 0), "hopper_cut": (HOPPER, 64, 2), "hopper_pair": (HOPPER_PAIR, 128, 0),
-           "hopper_pair_cut": (HOPPER_PAIR, 128, 2)}  # fmt: skip
+           "hopper_pair_cut": (HOPPER_PAIR, 128, 2), "hopper_split": (HOPPER_SPLIT, 64, 0),
+           "hopper_split_cut": (HOPPER_SPLIT, 64, 9)}  # fmt: skip
 TOLERANCE = {torch.float16: 7e-4, torch.bfloat16: 6e-3}
 
 
@@ -190,6 +191,46 @@ def test_many_more_items_than_the_device_holds(kernel):
     keep = (torch.rand(1, 1, 700, 700, device="cuda") < 0.02) | torch.eye(700, dtype=torch.bool, device="cuda")
     keep[..., :40, :] = True
     assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
+def test_lists_of_hundreds_of_tiles(kernel):
+    for dim in (64, 128):
+        q, k, v = draw(1, 2, 1, 70, 20_000, dim, torch.float16)
+        keep = torch.rand(1, 1, 70, 20_000, device="cuda") < 0.7
+        assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
+def test_a_layout_is_complete_when_it_is_returned(kernel):
+    """Kernels may read it while those before them in the stream still run."""
+    busy = torch.randn(4096, 4096, device="cuda")
+    q, k, v = draw(1, 2, 2, 200, 200, 64, torch.float16)
+    for share in torch.linspace(0.05, 0.95, 20).tolist():
+        keep = torch.rand(1, 1, 200, 200, device="cuda") < share
+        expected = reference(q, k, v, keep)
+        torch.mm(busy, busy, out=busy)
+        assert_right(attend(q, k, v, keep, kernel), expected, torch.float16)
+
+
+def test_calls_that_feed_each_other(kernel):
+    """A call overlaps with the one before it, but reads and writes nothing of it too early."""
+    q, k, v = draw(1, 4, 4, 300, 300, 64, torch.float16)
+    keep = torch.rand(1, 1, 300, 300, device="cuda") < 0.5
+    prepared = layout(keep, kernel, 4)
+    one_by_one, chained = q, q
+    for _ in range(12):
+        one_by_one = attend(one_by_one, k, one_by_one * 0.5 + v, keep, kernel, prepared=prepared)[0].contiguous()
+        torch.cuda.synchronize()
+    for _ in range(12):
+        chained = attend(chained, k, chained * 0.5 + v, keep, kernel, prepared=prepared)[0].contiguous()
+    assert torch.equal(one_by_one, chained)
+    out = attend(q, q, q, keep, kernel, prepared=prepared)[0]
+    for _ in range(20):  # no other kernel between them
+        out = attend(out, out, out, keep, kernel, prepared=prepared)[0]
+    again = attend(q, q, q, keep, kernel, prepared=prepared)[0]
+    for _ in range(20):
+        torch.cuda.synchronize()
+        again = attend(again, again, again, keep, kernel, prepared=prepared)[0]
+    assert torch.equal(out, again)
 
 
 def test_scores_that_overflow_half_and_large_values():

@@ -102,6 +102,6 @@ def test_numbers_that_kernels_and_planner_both_state_agree():
 
     assert planner.CELL == CELL
     assert instances.SHAPES == planner.config.SHAPES
-    assert constant("kMinChunk", "format/cuda/schedule.cu") == planner.cost._MIN_CHUNK
-    assert constant("kMinChunkSplit", "format/cuda/schedule.cu") == planner.cost._MIN_CHUNK_FEW
+    assert constant("kMinChunk", "format/cuda/layout.cuh") == planner.cost._MIN_CHUNK
+    assert constant("kMinChunkSplit", "format/cuda/layout.cuh") == planner.cost._MIN_CHUNK_FEW
     assert constant("kBlocksPerMultiprocessor", "bindings/format_cuda.cpp") == planner.cost._BLOCKS_PER_UNIT

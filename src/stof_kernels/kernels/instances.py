@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SHAPES = ("wide", "tall", "large", "split", "hopper", "hopper_pair")
+SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split")
 """Names in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h; plan[3] is the index plus one."""
 
 _TYPES = {"fp16": "__half", "bf16": "__nv_bfloat16"}
@@ -119,6 +119,50 @@ class HopperInstance:
         return f'#include "attention/cuda/hopper_run.cuh"\n\nSTOF_HOPPER({", ".join(map(str, arguments))})\n'
 
 
+@dataclass(frozen=True)
+class HopperSplitTile:
+    """Template arguments of one instantiation of Hopper's kernel for short calls: ``cluster`` blocks of ``warpgroups`` share an
+    item; each warpgroup has room for ``stages`` key tiles."""
+
+    shape: str
+    dim: int
+    warpgroups: int
+    cluster: int
+    stages: int
+    min_blocks: int
+
+    @property
+    def q_tile(self) -> int:
+        """Query rows of a work item."""
+        return 64
+
+
+@dataclass(frozen=True)
+class HopperSplitInstance:
+    """One translation unit of Hopper's kernel for short calls. It takes no bias."""
+
+    tile: HopperSplitTile
+    dtype: str
+    biases: tuple[bool, ...] = (False,)
+
+    @property
+    def name(self) -> str:
+        """Stem of the source and of its function."""
+        return f"{self.tile.shape}_d{self.tile.dim}_{self.dtype}"
+
+    def function(self, bias: bool) -> str:
+        """Launcher; there is one."""
+        return self.name
+
+    def source(self) -> str:
+        """Text of the translation unit."""
+        t = self.tile
+        arguments = (self.name, _TYPES[self.dtype], t.dim, t.warpgroups, t.cluster, t.stages, t.min_blocks)
+        return (
+            f'#include "attention/cuda/hopper_split_run.cuh"\n\nSTOF_HOPPER_SPLIT({", ".join(map(str, arguments))})\n'
+        )
+
+
 _TILES = (
     Tile("wide", 32, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=4),
     Tile("wide", 64, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=4),
@@ -126,7 +170,6 @@ _TILES = (
     Tile("wide", 128, warps=4, blocks=1, keys=64, stages=2, groups=1, min_blocks=2),
     Tile("wide", 192, warps=4, blocks=1, keys=32, stages=2, groups=1, min_blocks=2),
     Tile("wide", 256, warps=4, blocks=1, keys=32, stages=2, groups=1, min_blocks=2),
-    Tile("tall", 64, warps=2, blocks=2, keys=64, stages=2, groups=1, min_blocks=4),
     Tile("large", 64, warps=4, blocks=2, keys=64, stages=2, groups=1, min_blocks=2),
     Tile("large", 128, warps=8, blocks=1, keys=64, stages=2, groups=1, min_blocks=1),
     Tile("split", 64, warps=4, blocks=1, keys=64, stages=2, groups=3, min_blocks=1),
@@ -139,6 +182,10 @@ _HOPPER_TILES = (
     HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224),
     HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
 )
+_HOPPER_SPLIT_TILES = (
+    HopperSplitTile("hopper_split", 64, warpgroups=2, cluster=1, stages=2, min_blocks=2),
+    HopperSplitTile("hopper_split", 128, warpgroups=2, cluster=1, stages=2, min_blocks=1),
+)
 
 
 def _for_target(tile: Tile, target: str) -> Tile:
@@ -148,9 +195,9 @@ def _for_target(tile: Tile, target: str) -> Tile:
     return replace(tile, keys=tile.keys // 2, stages=tile.stages + 1) if tile.shared_bytes > limit else tile
 
 
-def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperInstance, ...]:
+def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperInstance | HopperSplitInstance, ...]:
     """Translation units of ``target`` (sm_80, sm_89, sm_90a); ``main_only``: head dims 64 and 128 in fp16."""
-    found: list[Instance | HopperInstance] = []
+    found: list[Instance | HopperInstance | HopperSplitInstance] = []
     for tile in _TILES:
         for dtype in _TYPES:
             if main_only and (dtype != "fp16" or tile.dim not in (64, 128)):
@@ -160,10 +207,11 @@ def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperIn
     if target == "sm_90a":
         dtypes = ("fp16",) if main_only else tuple(_TYPES)
         found += [HopperInstance(tile, dtype) for tile in _HOPPER_TILES for dtype in dtypes]
+        found += [HopperSplitInstance(tile, dtype) for tile in _HOPPER_SPLIT_TILES for dtype in dtypes]
     return tuple(found)
 
 
-def table_source(units: tuple[Instance | HopperInstance, ...]) -> str:
+def table_source(units: tuple[Instance | HopperInstance | HopperSplitInstance, ...]) -> str:
     """Text of the table of all launchers, compiled once per library."""
     entries = [(unit, bias) for unit in units for bias in unit.biases]
     lines = ['#include "attention/cuda/problem.h"', "", "namespace stof::cuda {", ""]

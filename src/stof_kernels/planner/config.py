@@ -9,9 +9,9 @@ from .problem import AttentionProblem
 
 ROW_WISE, BLOCK_WISE = "row_wise", "block_wise"
 _CODES = {ROW_WISE: 0, BLOCK_WISE: 1}
-SHAPES = ("wide", "tall", "large", "split", "hopper", "hopper_pair")
+SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split")
 """Arrangements of the CUDA block-wise kernel, in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h."""
-HOPPER = ("hopper", "hopper_pair")
+HOPPER = ("hopper", "hopper_pair", "hopper_split")
 """Those that need Hopper's own instructions."""
 
 
@@ -49,24 +49,29 @@ class KernelConfig:
 
 # One chunk length: 64 and 128 keys measured 0 to 8 % slower than 256, nowhere faster.
 _CPU_CANDIDATES = (KernelConfig(BLOCK_WISE, 16, 256), KernelConfig(ROW_WISE, 1, 0))
-# The tall shape is not among them: of 126 cells measured on an H200 it was the best in none.
-_CUDA_CANDIDATES = (
-    KernelConfig(BLOCK_WISE, 64, -1, 1),
-    KernelConfig(BLOCK_WISE, 128, -1, 3),
-    KernelConfig(BLOCK_WISE, 64, -1, 4),
-    KernelConfig(ROW_WISE, 1, 0),
-)
+# Shapes whose query tile is 128; the others' is 64.
+_ROWS_128 = ("large", "hopper_pair")
+
+
+def _shape(name: str) -> KernelConfig:
+    return KernelConfig(BLOCK_WISE, 128 if name in _ROWS_128 else 64, -1, SHAPES.index(name) + 1)
+
+
+_CUDA_CANDIDATES = (_shape("wide"), _shape("large"), _shape("split"), KernelConfig(ROW_WISE, 1, 0))
 # The large shape was the best in none of 200 cells there.
 _HOPPER_CANDIDATES = (
-    KernelConfig(BLOCK_WISE, 64, -1, 5),
-    KernelConfig(BLOCK_WISE, 128, -1, 6),
-    KernelConfig(BLOCK_WISE, 64, -1, 1),
-    KernelConfig(BLOCK_WISE, 64, -1, 4),
+    _shape("hopper"),
+    _shape("hopper_pair"),
+    _shape("hopper_split"),
+    _shape("wide"),
+    _shape("split"),
     KernelConfig(ROW_WISE, 1, 0),
 )
 _MOST_LAYOUT_KEYS = 1 << 20
 # Padded head dimensions that a shape is for; the others serve all.
-_SHAPE_DIMS = {3: (32, 64, 96, 128), 4: (32, 64, 96, 128), 5: (32, 64, 96, 128), 6: (96, 128)}
+_SHAPE_DIMS = dict.fromkeys(("large", "split", "hopper", "hopper_split"), (32, 64, 96, 128)) | {
+    "hopper_pair": (96, 128)
+}
 
 
 def candidates(device: DeviceSpec) -> tuple[KernelConfig, ...]:
@@ -80,7 +85,7 @@ def infeasible(config: KernelConfig, device: DeviceSpec, problem: AttentionProbl
     """Why this configuration cannot run the problem, or None."""
     if device.kind == "cuda" and config.kernel == BLOCK_WISE and problem.kv_len > _MOST_LAYOUT_KEYS:
         return f"its layout takes at most {_MOST_LAYOUT_KEYS} keys, here {problem.kv_len}"
-    dims = _SHAPE_DIMS.get(config.shape)
+    dims = _SHAPE_DIMS.get(SHAPES[config.shape - 1]) if config.shape else None
     if dims and problem.head_dim_padded not in dims:
         least = f"from {dims[0] - 31} " if dims[0] > 32 else ""
         return f"{SHAPES[config.shape - 1]} is for head dims {least}up to {dims[-1]}, here {problem.head_dim}"

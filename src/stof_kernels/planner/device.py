@@ -116,6 +116,7 @@ CUDA_BLOCK_COSTS = {
     "large": CudaBlockCosts(3.392, 0.0, 0.870, 0.0, 0.766, 0.584, 0.477, 0.651),
     "split": CudaBlockCosts(3.373, 0.206, 0.284, 0.166, 1.936, 0.106, 0.153, 5.132),
     "hopper": CudaBlockCosts(3.620, 0.057, 0.196, 0.0, 0.570, 0.171, 0.124, 2.639, 0.718),
+    "hopper_split": CudaBlockCosts(2.600, 0.100, 0.250, 0.0, 0.700, 0.080, 0.070, 2.639, 0.300),
     "hopper_pair": CudaBlockCosts(5.365, 0.0, 0.397, 0.0, 1.274, 0.0, 0.185, 4.689, 0.718),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)

@@ -72,7 +72,7 @@ struct BlockLayout {
   int q_tiles;           // per mask plane
   int item_limit;        // items launched per copy of the mask: the exact number, or the capacity
   int combine_limit;
-  bool exact;            // item_limit is exact and the layout is known to fit
+  bool exact;            // item_limit is exact, the layout is known to fit and was complete before this call was launched
   int copies;            // (batch, head) pairs that share one mask plane
   // Copies go in groups whose keys fit in L2; blocks of a whole group, copies of a whole and of the last group.
   FastDivisor group_blocks, group_copies, last_copies;
@@ -91,11 +91,11 @@ struct CellLists {
 // Which instantiation of the block-wise kernel runs a layout.
 enum class Shape : int {
   kWide = 0,    // 64 query rows, 4 warps of 16
-  kTall = 1,    // 64 query rows, 2 warps of 32: half the shared-memory reads per product
-  kLarge = 2,   // 128 query rows
-  kSplit = 3,   // 64 query rows, key tiles dealt to groups of 4 warps: short launches
-  kHopper = 4,  // sm_90a: 64 query rows a warpgroup, each with an item of its own; its blocks stay
-  kHopperPair = 5,  // sm_90a: 128 query rows, two warpgroups that share the keys; its blocks stay
+  kLarge = 1,   // 128 query rows
+  kSplit = 2,   // 64 query rows, key tiles dealt to groups of 4 warps: short launches
+  kHopper = 3,  // sm_90a: 64 query rows a warpgroup, each with an item of its own; its blocks stay
+  kHopperPair = 4,   // sm_90a: 128 query rows, two warpgroups that share the keys; its blocks stay
+  kHopperSplit = 5,  // sm_90a: 64 query rows, key tiles dealt to the warpgroups of a block: short calls
 };
 
 cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
@@ -104,7 +104,7 @@ cudaError_t launch_row_wise(const Problem& problem, const CellLists& lists, cuda
 constexpr int kShapes = 6;
 
 // Whether blocks of that shape stay and take one item after the other.
-constexpr bool stays(Shape shape) { return shape >= Shape::kHopper; }
+constexpr bool stays(Shape shape) { return shape == Shape::kHopper || shape == Shape::kHopperPair; }
 
 // Query rows of an item of that shape.
 constexpr int query_tile(Shape shape) { return shape == Shape::kLarge || shape == Shape::kHopperPair ? 128 : 64; }
