@@ -49,7 +49,7 @@ def test_every_head_dim_has_a_kernel_that_fits(target):
 
 def test_generated_names_agree_with_the_table():
     texts = instances.sources("sm_90a")
-    defined = re.findall(r"STOF_(?:BLOCK_WISE|HOPPER)\((\w+),", "\n".join(texts.values()))
+    defined = re.findall(r"STOF_(?:BLOCK_WISE|HOPPER|HOPPER_SPLIT)\((\w+),", "\n".join(texts.values()))
     table = texts["block_wise_table.cpp"]
     assert len(defined) == len(set(defined)) == len(re.findall(r"\{Shape::", table))
     assert all(f"&{name}}}" in table for name in defined)

@@ -136,6 +136,15 @@ class HopperSplitTile:
         """Query rows of a work item."""
         return 64
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: each warpgroup's tiles and bitmaps, queries, what warpgroups hand to each other."""
+        tile, pieces = 64 * -(-self.dim // 64) * 128, self.dim // 16
+        one = self.stages * (2 * tile + 512 + 32) + 64 * 16 + 8
+        teams = [self.warpgroups * blocks for blocks in (1, self.cluster)]
+        handed = max(self.warpgroups * -(-pieces // team) * (team - 1) for team in teams)
+        return self.warpgroups * -(-one // 1024) * 1024 + tile + handed * 4096 + teams[1] * 2048 + 64 + 1024
+
 
 @dataclass(frozen=True)
 class HopperSplitInstance:

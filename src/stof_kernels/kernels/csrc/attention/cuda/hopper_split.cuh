@@ -113,7 +113,7 @@ class HopperSplit {
     own = own_of(head.z, group);
     const int thread = warp * 32 + lane;
     if (thread < C::kColumns && thread < own) put_shared(columns() + thread * 16, column(head.y + group, thread));
-    if (thread == 64 && warpgroup() == 0) {
+    if (threadIdx.x == 64) {
       const Instance at = instance_of(p, more.z, mine.copy);
       put_shared(item_at(), make_int4(head.x * C::kRows, at.batch, at.head, at.kv_head));
       put_shared(item_at() + 16, make_int4(head.y, more.y - more.x, head.w, mine.copy));
@@ -129,15 +129,16 @@ class HopperSplit {
     }
     if (thread >= 64) barrier_init_fence();
     if (thread < 5) prefetch_map(&maps.q + thread);
+    __syncwarp();
     if (shared) cluster_barrier();
     else __syncthreads();
     return true;
   }
 
-  // The first copies, all at once, as soon as what earlier kernels wrote can be read.
+  // The first copies, all at once (a block without a tile copies nothing that it would not wait for), as soon as what earlier kernels wrote can be read.
   __device__ void start() {
     const Source first = source(0);
-    const bool brings = lane == 0 && warp < 2, brings_queries = lane == 0 && warp == 2 && warpgroup() == 0;
+    const bool brings = lane == 0 && warp < 2, brings_queries = threadIdx.x == 64 && own > 0;
     if (brings) {
       for (int i = 0; i < C::kStages && i < own; ++i) announce(i, warp);
     } else if (brings_queries) {
@@ -214,7 +215,7 @@ class HopperSplit {
     } else if (tiles > 1) {
       merge<1>(tiles);
     } else if (warpgroup() == 0) {
-      write(HopperAllPieces{});
+      write(get_shared(item_at()), get_shared(item_at() + 16), HopperAllPieces{});
     }
   }
 
@@ -227,7 +228,7 @@ class HopperSplit {
   HopperRows<C> rows;
   int own;  // tiles of this warpgroup: of the item's those with its number among the item's warpgroups, and every kGroups on
 
-  // Read anew where it is needed: the loop has no register to keep it in.
+  // Read anew where it is needed: the loop has no register to keep it in. Of whole warps.
   static __device__ int warpgroup() {
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -375,12 +376,14 @@ class HopperSplit {
   __device__ void merge(int tiles) {
     constexpr int kTeam = kBlocks * C::kWarpgroups;
     const int mine = item_group(kBlocks > 1), active = min(tiles, kTeam);
+    const int4 place = get_shared(item_at()), more = get_shared(item_at() + 16);
+    __syncwarp();
     if (mine < active) hand_over<kBlocks>(mine);
     if constexpr (kBlocks > 1) cluster_barrier();
     else __syncthreads();
     STOF_MARK(6)
     join<kBlocks>(mine, active);
-    write([mine](int r, int c) { return piece_of(r, c) % kTeam == mine; });
+    write(place, more, [mine](int r, int c) { return piece_of(r, c) % kTeam == mine; });
   }
 
   // Where warpgroup `from` leaves a piece, and the statistics of row r, for the one that joins the piece.
@@ -476,8 +479,7 @@ class HopperSplit {
   }
 
   template <class Mine>
-  __device__ void write(Mine mine) const {
-    const int4 place = get_shared(item_at()), more = get_shared(item_at() + 16);
+  __device__ void write(const int4& place, const int4& more, Mine mine) const {
     if (more.z < 0) rows.write_output({place.y, place.z, place.w}, place.x, mine);
     else rows.write_part(layout, more.z, more.w, mine);
   }
