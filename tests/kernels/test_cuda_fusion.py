@@ -122,15 +122,6 @@ def cases():
     many = (3, 500)
     found |= {
         "maps, gelu": ("gemm_maps", Fn(lambda m, x: F.gelu(m.a(x)), a=linear(192, 328)), [(*many, 192)]),
-        "maps, gelu by tanh": (
-            "gemm_maps",
-            Fn(
-                lambda m, x: tanh_gelu(torch.addmm(m.b, x.view(-1, 200), m.w).view(*x.shape[:2], 1536)),
-                w=nn.Parameter(torch.ones(200, 1536)),
-                b=nn.Parameter(torch.ones(1536)),
-            ),
-            [(*many, 200)],
-        ),
         "maps, gate": (
             "gemm_maps",
             Fn(lambda m, x: F.silu(m.a(x)) * m.b(x), a=linear(192, 2816, False), b=linear(192, 2816, False)),

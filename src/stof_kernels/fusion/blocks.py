@@ -29,9 +29,9 @@ def split(graph: OpGraph) -> list[Block]:
 def start_schemes(graph: OpGraph, block: Block) -> list[FusionScheme]:
     """Where a search starts: first frequent runs of memory-intensive operators as one segment each, then rules on top.
 
-    A run is frequent if its structure occurs at least twice in the graph. The rules: the other runs as one segment each too, for
-    no move around a product comes to those that stand between products far away; and, of STOF's paper, with few rows a chain
-    product - elementwise - product is fused first.
+    A run is frequent if its structure occurs at least twice in the graph. The rules: the other runs as one segment each too,
+    for no move around a product comes to those that stand far from any; and, of STOF's paper, with few rows a chain product -
+    elementwise - product is fused first.
     """
     ops = [graph.ops[i] for i in block.layer(0)]
     keys = [repeats.op_key(op, graph) for op in graph.ops]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from . import blocks, cache
 from .assemble import Built, Program, assemble
@@ -127,14 +128,16 @@ def optimize(
     settings = SearchSettings(budget_s=budget_s, seed=seed, templates=templates)
     clock = Clock(_SEARCH_SHARE * settings.budget_s)
     try:
-        with _collection_paused():
+        with _collection_paused(), contextlib.ExitStack() as stack:
+            # Where a search is certain its compilers start while the model is captured.
+            pool = None if use_cache or not _on_cuda((args, kwargs)) else stack.enter_context(CompilerPool())
             captured = capture(model, args, kwargs)
             with clock.on("planning"):
                 captured.signature.plan_masks(args, kwargs)
             flat = captured.signature.tensors(args, kwargs)
             with torch.no_grad():
                 program, plan = tune(
-                    captured, flat, settings, clock, use_cache, _line(progress), lambda: model(*args, **kwargs)
+                    captured, flat, settings, clock, use_cache, _line(progress), lambda: model(*args, **kwargs), pool
                 )
     except CaptureError as error:
         warnings.warn(f"stof.optimize: running the model as it is: {error}", FallbackWarning, stacklevel=2)
@@ -144,7 +147,7 @@ def optimize(
     return Optimized(model, captured, program, plan)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _collection_paused() -> Iterator[None]:
     """No garbage collection meanwhile: with a model's and a compiler's objects in memory each one takes a second."""
     running = gc.isenabled()
@@ -197,11 +200,12 @@ def tune(
     use_cache: bool,
     progress: Progress,
     reference: Callable[[], Any],
+    pool: CompilerPool | None = None,
 ) -> tuple[Program | Replay | None, FusionPlan]:
     """The program of the best plan and the plan; the program is None where the model as it is should run.
 
     A plan is kept only if its outputs agree with the eager operators' and it is no slower than ``reference()``, the model. On
-    CUDA it is replayed as one graph where its inputs allow.
+    CUDA it is replayed as one graph where its inputs allow. A search uses the ``pool`` if there is one.
     """
     graph = build(captured)
     depends = cache.dependencies(graph, asdict(settings))
@@ -210,7 +214,7 @@ def tune(
         plan = None
     fresh, built = plan is None, {}
     if fresh:
-        plan, built = search(graph, flat, settings, clock, progress)
+        plan, built = search(graph, flat, settings, clock, progress, pool)
     program = None
     if plan.use == "plan":
         program, plan = _accept(graph, plan, built, flat, reference if fresh else None, progress)
@@ -220,14 +224,20 @@ def tune(
 
 
 def search(
-    graph: OpGraph, flat: list[Tensor], settings: SearchSettings, clock: Clock, progress: Progress = lambda line: None
+    graph: OpGraph,
+    flat: list[Tensor],
+    settings: SearchSettings,
+    clock: Clock,
+    progress: Progress = lambda line: None,
+    pool: CompilerPool | None = None,
 ) -> tuple[FusionPlan, Built]:
     """A new search over a graph, with costs measured on the tensors that these inputs lead to, and what it built."""
     parts = blocks.split(graph)
-    on_cuda = bool(flat) and any(t.device.type == "cuda" for t in flat)
-    with CompilerPool(processes=None if on_cuda else 0) as pool:
+    with contextlib.ExitStack() as stack:
+        if pool is None and _on_cuda(flat):
+            pool = stack.enter_context(CompilerPool())
         values = record(graph, parts, flat)
-        meter = DeviceMeter(graph, values, clock, pool if on_cuda else None)
+        meter = DeviceMeter(graph, values, clock, pool)
         try:
             plan = Search(graph, parts, settings, meter, clock, progress).run()
         finally:
@@ -236,6 +246,11 @@ def search(
     for what, why in meter.refused.items():
         progress(f"refused: {what}: {why}")
     return plan, meter.built
+
+
+def _on_cuda(inputs: Any) -> bool:
+    """Whether a tensor anywhere in the inputs is on a GPU."""
+    return any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(inputs))
 
 
 def record(graph: OpGraph, parts: list[blocks.Block], flat: list[Tensor]) -> dict[fx.Node, Tensor]:

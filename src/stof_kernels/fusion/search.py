@@ -224,7 +224,12 @@ class Search:
     def _worth(self, space: Space, cost: float) -> bool:
         """Whether late candidates of a segment are worth seconds of a compiler: its part of the time is large enough."""
         large = cost > 0 and cost >= _LATE_SHARE * sum(self.unfused.values())
-        return large and (self.settings.thorough or not space.covered)
+        return large and (self.settings.thorough or (not space.covered and self._has_hole(space.segment)))
+
+    def _has_hole(self, segment: Segment) -> bool:
+        """Whether no template runs some memory-intensive operator of a segment: Inductor hardly betters what they run apart."""
+        alone = (cut(self.graph, [self.graph.ops.index(op)]) for op in segment.ops if op.kind is Kind.MEMORY)
+        return any(not self._space(single).covered for single in alone)
 
     def _admit(self, space: Space) -> None:
         self._sizes[space.segment.key] += len(space.late)

@@ -23,7 +23,8 @@ from .tiles import candidates, device_of, power_of_two
 
 aten = torch.ops.aten
 _MOST_WIDE = 1024  # columns of a row that one block holds as float32 accumulators
-_MANY_ROWS = 8192  # from here on cuBLAS is 5 to 15 % faster at a product alone, and several times at one with a norm
+_MANY_ROWS = 8192  # from here on cuBLAS is 5 to 15 % faster at a product alone
+_FEW_ROWS = 1024  # with a norm behind a product of more rows, cuBLAS and a pass of its own take a tenth to a third
 
 
 @dataclass
@@ -61,9 +62,9 @@ class Gemm(Template):
         return program
 
     def promising(self, segment: Segment) -> bool:
-        """Not for a product alone, nor with a norm behind it, where rows are many."""
+        """Not for a product alone of many rows, nor with a norm behind it: tiles of whole rows are few and flat."""
         rows = self.program(segment).rows
-        return rows.rows < _MANY_ROWS or (len(segment.ops) > 1 and not rows.reduces)
+        return rows.rows <= _FEW_ROWS if rows.reduces else rows.rows < _MANY_ROWS or len(segment.ops) > 1
 
     def settings(self, segment: Segment) -> list[Setting]:
         """Tile sizes, warps and pipeline stages that fit registers and shared memory."""

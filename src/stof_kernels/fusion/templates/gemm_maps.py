@@ -66,6 +66,8 @@ class GemmMaps(Template):
             raise Unsupported(f"a product of {value.dtype}, allowed: float16, bfloat16")
         if rows.rows < _FEWEST_ROWS or rows.reduces or program.sides > 1:
             raise Unsupported(f"products side by side, a norm, or fewer than {_FEWEST_ROWS} rows")
+        if any(p.transposed for p in program.products):
+            raise Unsupported("weights (in, out), allowed: (out, in)")
         if program.depth % 8 or rows.columns % 8:
             raise Unsupported(f"{rows.columns} columns of depth {program.depth}, allowed: multiples of 8")
         return program
@@ -94,10 +96,7 @@ class GemmMaps(Template):
         program, values = self.program(segment), dict(setting)
         rows, dtype = program.rows, program.x.meta["val"].dtype
         weights = [p.weight for p in program.products]
-        shapes = [
-            (values["BK"], values["BN"]) if p.transposed else (values["BN"], values["BK"]) for p in program.products
-        ]
-        maps = [Map(dtype, shape) for shape in ((values["BM"], values["BK"]), *shapes)]
+        maps = [Map(dtype, (values["BM"], values["BK"])), *[Map(dtype, (values["BN"], values["BK"]))] * len(weights)]
         tiles = -(-rows.rows // values["BM"]) * -(-rows.columns // values["BN"])
         blocks = min(values["blocks"] or tiles, tiles)
         constants = {"M": rows.rows, **{name: values[name] for name in ("BM", "BN", "BK")}}
@@ -132,17 +131,14 @@ _TILES = (
 def _source(program: GemmProgram) -> str:
     rows, products = program.rows, program.products
     outputs = [*rows.pointers, *(f"o{i}_ptr" for i in range(len(rows.outputs)))]
-    steps = []
-    for i, product in enumerate(products):
-        tile = f"w{i}_map.load([k, col0])" if product.transposed else f"w{i}_map.load([col0, k]).T"
-        steps.append(f"        acc{i} = tl.dot(x, {tile}, acc{i})")
+    count = len(products)
     return _KERNEL.format(
-        pointers=", ".join([f"w{i}_map" for i in range(len(products))] + outputs),
+        pointers=", ".join([f"w{i}_map" for i in range(count)] + outputs),
         columns=rows.columns,
         depth=program.depth,
         order=indent(f"    {line}" for line in tile_order(rows.columns, 1)),
-        zeros=indent(f"    acc{i} = tl.zeros((BM, BN), tl.float32)" for i in range(len(products))),
-        products=indent(steps),
+        zeros=indent(f"    acc{i} = tl.zeros((BM, BN), tl.float32)" for i in range(count)),
+        products=indent(f"        acc{i} = tl.dot(x, w{i}_map.load([col0, k]).T, acc{i})" for i in range(count)),
         body=indent(f"    {line}" for line in (*rows.loads, *rows.lines)),
         stores=indent(f"    {line}" for line in stores(rows)),
     )
