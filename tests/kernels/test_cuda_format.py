@@ -158,3 +158,52 @@ def test_scan_of_more_strips_than_one_round():
     keep = torch.rand(3, 4, 16 * 1000, 16, device="cuda") < 0.05
     for mine, theirs in zip(raw.build_cells(keep), raw.build_cells(keep.cpu()), strict=True):
         assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize(
+    ("block", "q_len", "kv_len", "q_tile"),
+    [(64, 512, 512, 64), (64, 330, 590, 64), (128, 700, 1090, 128), (192, 1000, 777, 64), (64, 3000, 40_000, 64),
+     (96, 500, 500, 64), (64, 500, 500, 128)],
+)  # fmt: skip
+@pytest.mark.parametrize("chunk", [0, 3, -1])
+@pytest.mark.parametrize("rows", ["alike", "mixed", "empty"])
+def test_blocks_together_equal_the_way_over_the_lists(block, q_len, kv_len, q_tile, chunk, rows):
+    table = torch.rand(2, 3, -(-q_len // block), -(-kv_len // block), device="cuda")
+    share = torch.rand(*table.shape[:3], 1, device="cuda") ** 2
+    table = table < share if rows == "mixed" else table < table.sort(-1).values[..., 3 * (rows == "alike"), None]
+    cells = int(table.sum()) * (block // 16) ** 2 + 1
+    room = (6, q_tile, chunk, 2, cells, 4096)
+    results = []
+    for together in (False, True):
+        lists = buffers(torch.empty(2, 3, q_len, kv_len, dtype=torch.bool, device="meta"), cells, 6 * (q_len // 16 + 1))
+        layout = raw.empty_layout(lists[0], q_len, *room)
+        for buffer in layout:
+            buffer.fill_(-7)
+        if together:
+            raw.build_blocks_layout_out(table, block, q_len, kv_len, *lists, q_tile, chunk, 2, *layout)
+        else:
+            raw.build_blocks_out(table, block, q_len, kv_len, *lists)
+            raw.build_layout_out(*lists, q_len, kv_len, 6, q_tile, chunk, 2, *layout)
+        results.append((*lists, *layout))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+    assert results[1][4][3] == 0
+
+
+def test_blocks_together_in_a_graph_with_tables_that_differ():
+    table, q_len = torch.zeros(1, 8, 40, 40, dtype=torch.bool, device="cuda"), 40 * 64
+    lists = buffers(torch.empty(1, 8, q_len, q_len, dtype=torch.bool, device="meta"), 8 * 40 * 40 * 16, 1)
+    layout = raw.empty_layout(lists[0], q_len, 8, 64, -1, 1, 8 * 40 * 40, 1)
+    call = lambda: raw.build_blocks_layout_out(table, 64, q_len, q_len, *lists, 64, -1, 1, *layout)  # noqa: E731
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):  # each may begin while the one before it ends
+            call()
+    for share in (0.5, 0.1, 1.0, 0.0, 0.3):
+        table.copy_(torch.rand(table.shape, device="cuda") < share)
+        graph.replay()
+        dense = table.repeat_interleave(64, 2).repeat_interleave(64, 3)
+        assert torch.equal(unpack_layout(layout, dense.shape, 64)[0], dense.cpu())
+        assert lists[4].tolist() == [int(table.sum()) * 16, 0, int(dense.sum()), 0]

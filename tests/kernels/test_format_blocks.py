@@ -123,13 +123,19 @@ def test_a_captured_graph_replays_with_new_blocks(q_len: int, kv_len: int) -> No
     first, second = (tables(block, q_len, kv_len, 1, heads, share).cuda() for share in (0.3, 0.6))
     current = first.clone()
     mask = SparseMask.from_blocks(current, block, q_len, kv_len, capacity="max").prepare(q, k)
+    twice = [torch.cat([t, t]) for t in (q, k, v)]  # another problem of the same mask, with a layout of its own
+    mask.layout_for(*twice[:2])
     sparse_attention(q, k, v, mask.update_blocks_(current, block))
+    sparse_attention(*twice, mask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = sparse_attention(q, k, v, mask.update_blocks_(current, block))
+        both = sparse_attention(*twice, mask)
     for table in (first, second, first):
         current.copy_(table)
         graph.replay()
         dense = table.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :q_len, :kv_len]
         expected, _ = reference.attention(q, k, v, dense, dtype=torch.float32)
-        assert (out.float() - expected).norm() <= 2e-3 * expected.norm()
+        assert torch.equal(mask.to_dense(), dense)
+        for got in (out, *both):
+            assert (got.float() - expected).norm() <= 2e-3 * expected.norm()

@@ -17,7 +17,7 @@ from stof_kernels.formats import cells
 from stof_kernels.provenance import PACKAGE_ROOT
 
 CSRC = PACKAGE_ROOT / "kernels/csrc"
-SOURCES = ("format/cuda/build_cells.cu", "format/cuda/build_layout.cu", "format/cuda/schedule.cu")
+SOURCES = tuple(f"format/cuda/{name}.cu" for name in ("build_cells", "build_blocks", "build_layout", "schedule"))
 LAUNCH = re.compile(r"(\w+(?:<true>|<false>)?)<<<(.+?), ([^,]+?), [^,]+?, stream>>>\((.*?)\);")
 SHARED = "uint32_t* const bitmaps = reinterpret_cast<uint32_t*>(simt::state().dynamic_shared.get());"
 
@@ -46,8 +46,8 @@ def emulated(library, request):
 
 
 def call(function, *args):
-    """Arrays as pointers to their data, integers as 64 bits or, with .i, 32."""
-    function(*[ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args])
+    """Arrays as pointers to their data, integers as 32 bits unless they come as 64."""
+    return function(*[ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args])
 
 
 def int32(*shape):
@@ -231,3 +231,91 @@ def test_a_layout_that_does_not_fit_says_so(emulated, short):
     used[short] -= 1
     (header, *_), counts = build_layout(emulated, mask, 64, 2, 1, tuple(used))
     assert (header[6], counts[3]) == (1, 1)
+
+
+TOGETHER = [  # block, q_len, kv_len, q_tile, chunk: cuts at every kind of end
+    (64, 256, 256, 64, -1),
+    (64, 200, 272, 64, 0),
+    (64, 130, 330, 64, 2),
+    (128, 300, 410, 64, 1),
+    (128, 300, 448, 128, 3),
+    (192, 70, 500, 64, 0),
+    (256, 520, 1290, 128, 2),
+    (64, 65, 2090, 64, 5),
+    (64, 70, 17_000, 64, 4),
+    (128, 30, 66_000, 128, 0),
+    (64, 1, 1, 64, 0),
+    (64, 100, 0, 64, -1),
+    (1024, 300, 300, 128, 0),
+]
+
+
+def build_together(emulated, table, sizes, q_tile, chunk, copies, room, capacity, slots=12):
+    """(lists, layout) of a table (B, H, rows, cols), or None; ``sizes``: block, q_len, kv_len."""
+    block, q_len, kv_len = sizes
+    planes, (combines, tiles, items, bit_tiles) = table.shape[0] * table.shape[1], room
+    lists = buffers(planes * cells.n_strips(q_len), *capacity)
+    layout = int32(8 + 4 * combines), int32(tiles, 4), int32(items, 12), int32(bit_tiles, 2 * q_tile)
+    wide = torch.nn.functional.pad(table, (0, 3), value=True)  # what lies between the rows is not the table's
+    how = planes, wide.shape[3], q_len, kv_len, block, q_tile, chunk, copies, slots
+    capacity = [ctypes.c_int64(n) for n in capacity]
+    done = call(emulated.build_together, wide, *how, *lists, *capacity, *layout, torch.tensor(room))
+    return (lists, layout) if done & 1 else None
+
+
+def assert_equals_the_way_over_the_lists(emulated, table, sizes, q_tile, chunk, copies):
+    """Bit for bit, wherever the contents are defined."""
+    block, q_len, kv_len = sizes
+    mask = SparseMask.from_blocks(table, block, q_len, kv_len)
+    n, n_bits = mask.counts[:2].tolist()
+    (ptr, col, items, bits), _ = build_layout(emulated, mask, q_tile, chunk, copies, slots=12)
+    header = ptr[:8].tolist()
+    room = header[2], header[3], header[0], header[4]
+    lists, layout = build_together(emulated, table, sizes, q_tile, chunk, copies, room, (n, n_bits))
+    assert_same(lists, mask)
+    assert layout[0][:8].tolist() == header
+    for mine, theirs in zip(layout, (ptr, col, items, bits), strict=True):
+        assert torch.equal(mine, theirs[: mine.shape[0]])
+    return room, (n, n_bits)
+
+
+@pytest.mark.parametrize(("block", "q_len", "kv_len", "q_tile", "chunk"), TOGETHER)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_lists_and_layout_together(emulated, block, q_len, kv_len, q_tile, chunk, share):
+    table = torch.rand(2, 3, -(-q_len // block), -(-kv_len // block)) < share
+    assert_equals_the_way_over_the_lists(emulated, table, (block, q_len, kv_len), q_tile, chunk, 3)
+
+
+@pytest.mark.parametrize("kv_len", [1280, 1250])
+def test_top_k_rows_together(emulated, kv_len):
+    # Every row keeps as many, as top-k gives them: with and without a key tile that is cut.
+    chosen = torch.rand(1, 5, 9, 20).topk(4).indices
+    table = torch.zeros(1, 5, 9, 20, dtype=torch.bool).scatter_(-1, chosen, True)
+    for q_len in (9 * 64, 9 * 64 - 40):
+        assert_equals_the_way_over_the_lists(emulated, table, (64, q_len, kv_len), 64, -1, 1)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_more_query_tiles_than_a_round_together(emulated, chunk):
+    # Two blocks a multiprocessor of three: several rounds of 16 query tiles for each.
+    table = torch.rand(1, 3, 70, 11) < torch.rand(1, 3, 70, 1)
+    assert_equals_the_way_over_the_lists(emulated, table, (64, 70 * 64 - 10, 11 * 64), 64, chunk, 1)
+
+
+@pytest.mark.parametrize("short", range(6))
+def test_what_does_not_fit_together_says_so(emulated, short):
+    table, sizes = torch.rand(1, 2, 5, 9) < 0.6, (64, 300, 550)
+    table[..., -1] = True
+    room, capacity = assert_equals_the_way_over_the_lists(emulated, table, sizes, 64, 2, 1)
+    used = [*room, *capacity]
+    used[short] -= 1
+    lists, layout = build_together(emulated, table, sizes, 64, 2, 1, tuple(used[:4]), tuple(used[4:]))
+    assert (layout[0][6], lists[4][3]) == (1, 1)
+    assert lists[4][:2].tolist() == list(capacity)
+    assert int(lists[0].max()) <= used[4]
+
+
+@pytest.mark.parametrize(("block", "q_tile"), [(16, 64), (96, 64), (64, 128), (192, 128)])
+def test_other_blocks_take_the_way_over_the_lists(emulated, block, q_tile):
+    table = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    assert build_together(emulated, table, (block, 2 * block, 2 * block), q_tile, 0, 1, (9, 9, 9, 9), (9, 9)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,9 +118,33 @@ def _read_back(mask: SparseMask) -> tuple[int, int, int, tuple[TileStats, ...]]:
     )
 
 
+def build_in_place(
+    mask: SparseMask,
+    table: Tensor,
+    block: int | None = None,
+    layouts: Mapping[tuple[KernelConfig, int], Layout] | None = None,
+) -> None:
+    """The lists, and what ``layouts`` were derived from them, of another mask into the same buffers; CUDA, no read-back.
+
+    ``table``: a dense mask (Bm, Hm, Lq, Lk), or with ``block`` a table of whole blocks, by `SparseMask`'s planes.
+    """
+    lists = mask.lists.tensors
+    # Kernels that read the lists themselves have no layout of their own.
+    own = [(layout, *key) for key, layout in (layouts or {}).items() if layout.ptr is not mask.strip_ptr]
+    if block is None:
+        raw.build_cells_out(table, *lists)
+    elif not own:
+        raw.build_blocks_out(table, block, mask.q_len, mask.kv_len, *lists)
+    else:
+        # Lists and layout together are less work than one after the other.
+        layout, config, copies = own.pop(0)
+        how, buffers = (config.q_tile, config.kv_chunk, copies), (layout.ptr, layout.col, layout.slot, layout.bits)
+        raw.build_blocks_layout_out(table, block, mask.q_len, mask.kv_len, *lists, *how, *buffers)
+    for layout, config, copies in own:
+        refresh(mask, layout, config, copies)
+
+
 def refresh(mask: SparseMask, layout: Layout, config: KernelConfig, copies: int) -> None:
-    """Derive again into the same buffers, without touching the host: after the mask's lists have changed."""
-    if layout.ptr is mask.strip_ptr:
-        return
+    """Derive again into a layout's own buffers, without touching the host: after the mask's lists have changed."""
     request = (mask.q_len, mask.kv_len, mask.batch * mask.heads, config.q_tile, config.kv_chunk, copies)
     raw.build_layout_out(*mask.lists.tensors, *request, layout.ptr, layout.col, layout.slot, layout.bits)

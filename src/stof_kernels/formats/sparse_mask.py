@@ -15,7 +15,7 @@ from .arguments import block_table, buffer_sizes, check_sizes, four_dims
 from .cells import CellLists
 from .device import device_spec
 from .integrity import damage
-from .layout import Layout, derive, refresh, stats_of
+from .layout import Layout, build_in_place, derive, stats_of
 
 TENSORS = ("strip_ptr", "cell_col", "cell_slot", "cell_bits", "counts")
 """Fields that hold the canonical lists."""
@@ -104,7 +104,7 @@ class SparseMask:
         if capacity is not None and keep.is_cuda:
             # Nothing may be read back here, so the lists are built where they stay.
             mask = cls._empty((batch, heads, q_len, kv_len), keep.device, capacity, (0, 0), "dense")
-            raw.build_cells_out(keep, *mask.lists.tensors)
+            build_in_place(mask, keep)
             return mask
         lists = CellLists(*raw.build_cells(keep))
         return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, "dense")
@@ -133,7 +133,7 @@ class SparseMask:
         else:
             # Nothing may be read back here, as in `from_dense`.
             mask = cls._empty((batch, heads, q_len, kv_len), table.device, capacity, (0, 0), name, block)
-            mask._build_in_place(table, block)
+            build_in_place(mask, table, block)
             return mask
         return cls._from_lists(lists, q_len, kv_len, batch, heads, capacity, name)
 
@@ -216,9 +216,7 @@ class SparseMask:
 
     def _update(self, table: Tensor, block: int | None, name: str) -> SparseMask:
         if self.fixed and self.device.type == "cuda":
-            self._build_in_place(table, block)
-            for (config, copies), layout in self._layouts.items():
-                refresh(self, layout, config, copies)
+            build_in_place(self, table, block, self._layouts)
         elif block is None:
             self._update_compact(CellLists(*raw.build_cells(table)))
         else:
@@ -228,13 +226,6 @@ class SparseMask:
             self.calls.clear()
         self.name = name
         return self
-
-    def _build_in_place(self, table: Tensor, block: int | None) -> None:
-        """The lists of a dense mask (Bm, Hm, Lq, Lk), or of a table of blocks, into the buffers; CUDA, no read-back."""
-        if block is None:
-            raw.build_cells_out(table, *self.lists.tensors)
-        else:
-            raw.build_blocks_out(table, block, self.q_len, self.kv_len, *self.lists.tensors)
 
     def _update_compact(self, lists: CellLists) -> None:
         """Take over exact-size lists whose sizes are known on the host."""

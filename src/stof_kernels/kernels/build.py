@@ -117,7 +117,7 @@ def nvcc() -> str:
 _CUDA_BINDINGS = ("bindings/attention_cuda.cpp", "bindings/format_cuda.cpp")
 _CUDA_SOURCES = (
     *("attention/cuda/dispatch.cpp", "attention/cuda/combine.cu", "attention/cuda/row_wise.cu"),
-    *("format/cuda/build_cells.cu", "format/cuda/build_layout.cu", "format/cuda/schedule.cu"),
+    *(f"format/cuda/{name}.cu" for name in ("build_cells", "build_blocks", "build_layout", "schedule")),
 )
 
 

@@ -47,6 +47,13 @@ def load_cuda() -> bool:
     return True
 
 
+def _load_for(tensor: Tensor) -> None:
+    """What an operator on this tensor's device needs."""
+    _ready or load()
+    if tensor.is_cuda:
+        _cuda_ready or load_cuda()
+
+
 # What torch.compiler.assume_constant_result sets: a graph that is traced before the first call loads while tracing.
 # The decorator itself would import the whole compiler here.
 load._dynamo_marked_constant = True
@@ -80,9 +87,7 @@ def sparse_attention(
     Returns out, a (B, Hq, Lq, D) view of (B, Lq, Hq, D) memory in q's dtype, and lse, float32 (B, Hq, Lq), or of shape
     (0,) without ``return_lse``. Raises RuntimeError naming the argument, what it got and what is allowed.
     """
-    _ready or load()
-    if q.is_cuda:
-        _cuda_ready or load_cuda()
+    _load_for(q)
     args = (q, k, v, bias, ptr, col, slot, bits, counts, plan, q_len, kv_len, mask_batch, mask_heads, scale, return_lse)
     if torch.compiler.is_compiling() or _needs_grad(q, k, v, bias):
         return torch.ops.stof.sparse_attention.default(*args)
@@ -112,9 +117,7 @@ def pack_call(
     content is read at every call. Word 1 becomes 1 once a CUDA graph has captured it. It is meant for this process only and
     must not be changed, copied or stored. Raises RuntimeError as `sparse_attention`.
     """
-    _ready or load()
-    if q.is_cuda:
-        _cuda_ready or load_cuda()
+    _load_for(q)
     args = (q, k, v, ptr, col, slot, bits, counts, plan, q_len, kv_len, mask_batch, mask_heads)
     return torch.ops.stof.pack_call.default(*args)
 
@@ -136,9 +139,7 @@ def build_cells(keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
     Returns strip_ptr, cell_col, cell_slot, cell_bits and counts as the mask format defines them, lists of exact size.
     """
-    _ready or load()
-    if keep.is_cuda:
-        _cuda_ready or load_cuda()
+    _load_for(keep)
     return torch.ops.stof.build_cells.default(keep)
 
 
@@ -169,6 +170,16 @@ def build_blocks_out(keep: Tensor, block: int, q_len: int, kv_len: int, *lists: 
     """
     _cuda_ready or load_cuda()
     torch.ops.stof.build_blocks_out.default(keep, block, q_len, kv_len, *lists)
+
+
+def build_blocks_layout_out(*args: Tensor | int) -> None:
+    """``torch.ops.stof.build_blocks_layout_out`` (CUDA): `build_blocks_out` and `build_layout_out` in one.
+
+    Takes the former's arguments, then q_tile, kv_chunk and copies, then ptr, col, slot and bits. Where ``block`` is a multiple
+    of 64 and of the query tile it takes two launches. Nothing is read back; over capacity as in both.
+    """
+    _cuda_ready or load_cuda()
+    torch.ops.stof.build_blocks_layout_out.default(*args)
 
 
 def layout_sizes(

@@ -121,3 +121,11 @@ inline int __reduce_add_sync(unsigned mask, int x) {
     for (int lane = 0; lane < 32; ++lane) warp.out[lane][0] = sum;
   }));
 }
+inline int __reduce_max_sync(unsigned mask, int x) {
+  simt::need_all(mask);
+  return int(*simt::collective({uint32_t(x)}, nullptr, [](simt::Warp& warp) {
+    uint32_t most = warp.in[0][0];
+    for (int lane = 1; lane < 32; ++lane) most = uint32_t(std::max(int(most), int(warp.in[lane][0])));
+    for (int lane = 0; lane < 32; ++lane) warp.out[lane][0] = most;
+  }));
+}

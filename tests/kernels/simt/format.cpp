@@ -41,6 +41,22 @@ void build_blocks(const uint8_t* keep, int planes, int row_stride, int q_len, in
   emit_blocks(table, scratch, out, nullptr);
 }
 
+// The same table's lists and layout together; sizes: combines, tiles, items, slots that the buffers have room for. False where
+// that cannot be done.
+bool build_together(const uint8_t* keep, int planes, int row_stride, int q_len, int kv_len, int block, int q_tile, int chunk,
+                    int copies, int slots, int* strip_ptr, int* col, int* slot, uint16_t* bits, int64_t* counts,
+                    int64_t cell_capacity, int64_t bit_capacity, int* ptr, int* tile_col, int* items, int* tile_bits,
+                    const int64_t* sizes) {
+  const int64_t rows = (q_len + block - 1) / block, plane = rows * row_stride;
+  const BlockTable table{keep, plane * planes, plane, row_stride, 1, planes, planes, q_len, kv_len, block};
+  if (!builds_together(table, q_tile)) return false;
+  const CellBuffers lists{strip_ptr, col, slot, bits, counts, cell_capacity, bit_capacity};
+  std::vector<int> scratch(together_scratch(table, q_tile), -7);
+  build_together(table, lists, layout_in(ptr, tile_col, items, tile_bits, sizes, q_tile), {chunk, copies, slots}, scratch.data(),
+                 nullptr);
+  return true;
+}
+
 // The order alone: lengths and full key tiles of all query tiles of 64 in entries 0 and 1 of `scratch`.
 void schedule(int planes, int q_len, int chunk, int copies, int slots, int* scratch, int64_t* counts, int* ptr, int* items,
               const int64_t* sizes) {

@@ -143,15 +143,20 @@ Lists exact_lists(const char* op, const Tensor& keep, const Source& mask) {
   return {strip_ptr, cell_col, cell_slot, cell_bits, counts};
 }
 
-// The same into given buffers; the host learns nothing.
-template <typename Source>
-void fill_lists(const char* op, const Tensor& keep, const Source& mask, const Tensor& strip_ptr, const Tensor& cell_col,
-                const Tensor& cell_slot, const Tensor& cell_bits, const Tensor& counts) {
-  check_list("strip_ptr", strip_ptr, ScalarType::Int, {strips_of(mask) + 1});
+void check_lists(const Tensor& strip_ptr, int64_t strips, const Tensor& cell_col, const Tensor& cell_slot,
+                 const Tensor& cell_bits, const Tensor& counts) {
+  check_list("strip_ptr", strip_ptr, ScalarType::Int, {strips + 1});
   check_list("cell_col", cell_col, ScalarType::Int, {-1});
   check_list("cell_slot", cell_slot, ScalarType::Int, {cell_col.size(0)});
   check_list("cell_bits", cell_bits, ScalarType::Short, {-1, kCell});
   check_list("counts", counts, ScalarType::Long, {4});
+}
+
+// The same into given buffers; the host learns nothing.
+template <typename Source>
+void fill_lists(const char* op, const Tensor& keep, const Source& mask, const Tensor& strip_ptr, const Tensor& cell_col,
+                const Tensor& cell_slot, const Tensor& cell_bits, const Tensor& counts) {
+  check_lists(strip_ptr, strips_of(mask), cell_col, cell_slot, cell_bits, counts);
   const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
   const cudaStream_t stream = current_stream(keep);
   const Scratch scratch = scratch_of(keep, mask);
@@ -195,11 +200,7 @@ LayoutRequest request_of(const char* op, const Tensor& strip_ptr, const Tensor& 
   STD_TORCH_CHECK(copies >= 1, op, ": copies is ", copies, ", it must be at least 1");
   STD_TORCH_CHECK(kv_len <= kMaxLayoutKeys, op, ": kv_len is ", kv_len, ", the block_wise layout takes at most ",
                   kMaxLayoutKeys, "; use row_wise");
-  check_list("strip_ptr", strip_ptr, ScalarType::Int, {planes * ceil_div(q_len, kCell) + 1});
-  check_list("cell_col", cell_col, ScalarType::Int, {-1});
-  check_list("cell_slot", cell_slot, ScalarType::Int, {cell_col.size(0)});
-  check_list("cell_bits", cell_bits, ScalarType::Short, {-1, kCell});
-  check_list("counts", counts, ScalarType::Long, {4});
+  check_lists(strip_ptr, planes * ceil_div(q_len, kCell), cell_col, cell_slot, cell_bits, counts);
   LayoutRequest request;
   request.cells = {data_of<const int>(strip_ptr), data_of<const int>(cell_col), data_of<const int>(cell_slot),
                    data_of<const uint16_t>(cell_bits), data_of<int64_t>(counts), static_cast<int>(planes),
@@ -216,6 +217,18 @@ LayoutBuffers layout_of(const Tensor& ptr, const Tensor& col, const Tensor& slot
   int* header = data_of<int>(ptr);
   return {header, header + kHeaderInts, data_of<int>(slot), data_of<int>(col), data_of<uint32_t>(bits), slot.size(0),
           (ptr.size(0) - kHeaderInts) / kCombineInts, col.size(0), bits.size(0), q_tile};
+}
+
+// Given buffers, which must have room for every query tile.
+LayoutBuffers checked_layout(const char* op, const LayoutRequest& request, const Tensor& ptr, const Tensor& col,
+                             const Tensor& slot, const Tensor& bits) {
+  check_list("ptr", ptr, ScalarType::Int, {-1});
+  check_list("col", col, ScalarType::Int, {-1, 4});
+  check_list("slot", slot, ScalarType::Int, {-1, kItemInts});
+  check_list("bits", bits, ScalarType::Int, {-1, 2 * request.q_tile});
+  STD_TORCH_CHECK(slot.size(0) >= request.query_tiles, op, ": slot has room for ", slot.size(0),
+                  " items, it must be at least the ", request.query_tiles, " query tiles");
+  return layout_of(ptr, col, slot, bits, request.q_tile);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> build_layout(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot,
@@ -271,19 +284,34 @@ void build_layout_out(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tenso
   constexpr const char* op = "build_layout_out";
   const LayoutRequest request = request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len,
                                            planes, q_tile, kv_chunk, copies);
-  check_list("ptr", ptr, ScalarType::Int, {-1});
-  check_list("col", col, ScalarType::Int, {-1, 4});
-  check_list("slot", slot, ScalarType::Int, {-1, kItemInts});
-  check_list("bits", bits, ScalarType::Int, {-1, 2 * q_tile});
-  STD_TORCH_CHECK(slot.size(0) >= request.query_tiles, op, ": slot has room for ", slot.size(0),
-                  " items, it must be at least the ", request.query_tiles, " query tiles");
+  const LayoutBuffers out = checked_layout(op, request, ptr, col, slot, bits);
   const torch::stable::accelerator::DeviceGuard guard(strip_ptr.get_device_index());
   const cudaStream_t stream = current_stream(strip_ptr);
   Tensor scratch = ints(strip_ptr, {request.scratch_ints});
-  const LayoutBuffers out = layout_of(ptr, col, slot, bits, request.q_tile);
   check_launch(op, count_tiles(request.cells, request.q_tile, data_of<int>(scratch), stream));
   check_launch(op, schedule_items(request.cells, out, request.chunking, data_of<int>(scratch), stream));
   check_launch(op, fill_tiles(request.cells, out, data_of<int>(scratch), stream));
+}
+
+// build_blocks_out and build_layout_out, in two launches where the blocks are made of whole tiles.
+void build_blocks_layout_out(Tensor keep, int64_t block, int64_t q_len, int64_t kv_len, Tensor strip_ptr, Tensor cell_col,
+                             Tensor cell_slot, Tensor cell_bits, Tensor counts, int64_t q_tile, int64_t kv_chunk,
+                             int64_t copies, Tensor ptr, Tensor col, Tensor slot, Tensor bits) {
+  constexpr const char* op = "build_blocks_layout_out";
+  const BlockTable table = table_of(op, keep, block, q_len, kv_len);
+  const LayoutRequest request = request_of(op, strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len, table.planes,
+                                           q_tile, kv_chunk, copies);
+  if (!builds_together(table, request.q_tile)) {
+    fill_lists(op, keep, table, strip_ptr, cell_col, cell_slot, cell_bits, counts);
+    build_layout_out(strip_ptr, cell_col, cell_slot, cell_bits, counts, q_len, kv_len, table.planes, q_tile, kv_chunk, copies,
+                     ptr, col, slot, bits);
+    return;
+  }
+  const LayoutBuffers out = checked_layout(op, request, ptr, col, slot, bits);
+  const torch::stable::accelerator::DeviceGuard guard(keep.get_device_index());
+  Tensor scratch = ints(keep, {together_scratch(table, request.q_tile)});
+  const CellBuffers lists = buffers_of(strip_ptr, cell_col, cell_slot, cell_bits, counts);
+  check_launch(op, build_together(table, lists, out, request.chunking, data_of<int>(scratch), current_stream(keep)));
 }
 
 // Buffers of a fixed-capacity layout: room for `tiles` key tiles, of which `slots` have a bitmap, and every cut that kv_chunk
@@ -317,6 +345,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stof, m) {
       "build_blocks_out(Tensor keep, SymInt block, SymInt q_len, SymInt kv_len, Tensor(a!) strip_ptr, Tensor(b!) cell_col, "
       "Tensor(c!) cell_slot, Tensor(d!) cell_bits, Tensor(e!) counts) -> ()");
   m.def(
+      "build_blocks_layout_out(Tensor keep, SymInt block, SymInt q_len, SymInt kv_len, Tensor(a!) strip_ptr, "
+      "Tensor(b!) cell_col, Tensor(c!) cell_slot, Tensor(d!) cell_bits, Tensor(e!) counts, int q_tile, int kv_chunk, "
+      "SymInt copies, Tensor(f!) ptr, Tensor(g!) col, Tensor(h!) slot, Tensor(i!) bits) -> ()");
+  m.def(
       "layout_sizes(Tensor strip_ptr, Tensor cell_col, Tensor cell_slot, Tensor cell_bits, Tensor counts, SymInt q_len, "
       "SymInt kv_len, SymInt planes, int q_tile) -> Tensor");
   m.def(
@@ -337,6 +369,7 @@ STABLE_TORCH_LIBRARY_IMPL(stof, CUDA, m) {
   m.impl("build_cells_out", TORCH_BOX(&build_cells_out));
   m.impl("build_blocks", TORCH_BOX(&build_blocks));
   m.impl("build_blocks_out", TORCH_BOX(&build_blocks_out));
+  m.impl("build_blocks_layout_out", TORCH_BOX(&build_blocks_layout_out));
   m.impl("layout_sizes", TORCH_BOX(&layout_sizes));
   m.impl("build_layout", TORCH_BOX(&build_layout));
   m.impl("build_layout_out", TORCH_BOX(&build_layout_out));

@@ -1,8 +1,7 @@
 // Canonical cells -> key tiles of the block-wise kernel. A query tile attends to the union of its strips' cells; columns
 // that are full in every strip come first, four to a tile, and need no bitmap; the rest, also packed four to a tile, get
 // one whose bits lie in the order of the mma accumulators.
-#include "attention/cuda/problem.h"
-#include "format.h"
+#include "layout.cuh"
 #include "scan.cuh"
 
 namespace stof::cuda {
@@ -125,14 +124,6 @@ struct Ranks {
     return 4 * full_tiles + full_left + rest_before[word] + __popc(any & ~full & below);
   }
 };
-
-// A thread's byte of a bitmap word: rows g and g + 8, columns 2 t, 2 t + 1 and the same 8 further, of one cell.
-__device__ __forceinline__ uint32_t accumulator_byte(uint32_t upper, uint32_t lower, int lane) {
-  const int shift = 2 * (lane & 3);
-  upper >>= shift;
-  lower >>= shift;
-  return (upper & 3) | (lower & 3) << 2 | (upper >> 8 & 3) << 4 | (lower >> 8 & 3) << 6;
-}
 
 constexpr int kBatch = 8;  // cells whose bitmaps a warp has on the way at once
 

@@ -83,6 +83,13 @@ cudaError_t schedule_items(const CellView& cells, const LayoutBuffers& out, cons
                            cudaStream_t stream);
 cudaError_t fill_tiles(const CellView& cells, const LayoutBuffers& out, int* query_tiles, cudaStream_t stream);
 
+// A table's lists and its layout together, without a way over the lists. Whether that can be done for such a table, the ints of
+// scratch that it takes, and the build itself.
+bool builds_together(const BlockTable& table, int q_tile);
+int64_t together_scratch(const BlockTable& table, int q_tile);
+cudaError_t build_together(const BlockTable& table, const CellBuffers& lists, const LayoutBuffers& out,
+                           const Chunking& chunking, int* scratch, cudaStream_t stream);
+
 // Longest key sequence the layout's bitmaps in shared memory allow.
 constexpr int kMaxLayoutKeys = 1 << 20;
 
