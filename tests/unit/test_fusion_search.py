@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import itertools
 import json
 import math
@@ -211,6 +212,19 @@ def test_on_cuda_inductor_is_asked_where_it_is_worth_it(stack, as_on_cuda):
     # Several operators that only eager could run are not measured: they cost what they cost apart.
     assert not any("+" in name and template == "eager" and (name, "inductor") not in asked for name, template in asked)
     assert plan.blocks[0].cost_us < 3 * 215
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_on_cuda_inductor_is_not_asked_to_join_what_templates_run(stack, as_on_cuda):
+    joined = {
+        "relu + linear": 1.0,
+        "add + layer_norm + linear": 1.0,
+    }  # no template runs these, but one runs each operator
+    table = Table(joined, noise=lambda template, setting: -1.0 if template == "inductor" else 0.0)
+    run(stack, table, templates=("rowwise", "inductor"))
+    assert {template for _, template, _ in table.named} == {"eager", "rowwise"}
+    run(stack, table, templates=("inductor",))
+    assert ("add + layer_norm", "inductor") in {(name, template) for name, template, _ in table.named}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 5])
