@@ -37,7 +37,7 @@ class SearchSettings:
     budget_s: float = 30.0
     samples: int = 0
     round_samples: int = 12
-    gain: float = 0.01
+    gain: float = 0.005
     seed: int = 0
     templates: tuple[str, ...] | None = None
     thorough: bool = False

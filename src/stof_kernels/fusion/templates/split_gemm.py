@@ -50,7 +50,7 @@ class SplitGemm(Template):
         for parts in (4, 2, 8, 3, 6):
             if program.depth % (parts * 64) == 0:
                 tiles = candidates(
-                    rows.rows, rows.columns, program.depth // parts, program.count, parts, size, device, most=3
+                    rows.rows, rows.columns, program.depth // parts, program.count, parts, size, device, most=5
                 )
                 found += [(i, s, parts) for i, s in enumerate(tiles)]
         second = dict(row_settings(rows)[0])

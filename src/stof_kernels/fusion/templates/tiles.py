@@ -17,6 +17,7 @@ from .base import Setting, setting
 _FLOP_PER_US, _BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
 _LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
 _ROUNDS = 4
+_DEEP = 12  # stages at most
 # Share of the matrix rate that tiles of this area reach; below 64 rows there is no warpgroup instruction.
 _EFFICIENCY = {256: 0.85, 128: 0.75, 64: 0.6}
 
@@ -44,7 +45,7 @@ def power_of_two(n: int) -> int:
 
 
 def candidates(
-    rows: int, columns: int, depth: int, count: int, sides: int, size: int, device: Device, most: int = 12
+    rows: int, columns: int, depth: int, count: int, sides: int, size: int, device: Device, most: int = 15
 ) -> list[Setting]:
     """Settings BM, BN, BK, warps, stages for ``sides`` products side by side of ``count`` accumulators each, best guess first.
 
@@ -75,16 +76,19 @@ def _cost(m: int, n: int, blocks: int, depth: int, count: int, size: int, device
 
 
 def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device, many: bool) -> list[Setting]:
-    """Two ways to feed a tile: short pipelines where several blocks share a multiprocessor, deep ones where one is alone."""
+    """Ways to feed a tile: short pipelines where several blocks share a multiprocessor, deep ones where one is alone.
+
+    A pipeline has one stage fewer on its way, so with one more than there are steps everything is asked for at once.
+    """
     warps = 8 if m * n * count > 64 * 128 and m >= 64 else 4
-    ways = ((64, 3), (64, 4)) if many or m * n * count >= 128 * 128 else ((64, 5), (128, 4))
+    ways = ((64, 3), (64, 4)) if many or m * n * count >= 128 * 128 else ((64, 5), (128, 4), (128, _DEEP))
     found = []
     for step, stages in ways:
         step = min(step, power_of_two(depth))
         if depth % step:
             step = next((s for s in (64, 32, 16) if depth % s == 0), step)
         bytes_ = (m + n * count) * step * size
-        stages = min(stages, device.shared // bytes_, max(2, depth // step))
+        stages = min(stages, device.shared // bytes_, depth // step + 1)
         if stages >= 2:
             found.append(setting(BM=m, BN=n, BK=step, warps=warps, stages=stages))
     if found and m * n * count == 128 * 128:
