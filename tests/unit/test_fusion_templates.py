@@ -16,7 +16,8 @@ from torch import nn
 from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
-from stof_kernels.fusion.templates import TEMPLATES, gemm_maps, tiles
+from stof_kernels.fusion.costs import Space
+from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, tiles
 from stof_kernels.fusion.templates.base import setting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -303,6 +304,25 @@ def test_an_embedding_reads_its_rows_and_a_wrong_index_is_nan():
     torch.testing.assert_close(run(*inputs)[0], module(ids), rtol=1e-5, atol=1e-5)
     ids[0, 2], ids[1, 4] = 20, -1
     assert run(*inputs)[0].isnan().any(-1).nonzero().tolist() == [[0, 2], [1, 4]]
+
+
+@triton
+@pytest.mark.parametrize(
+    ("case", "template", "limit"),
+    [
+        ("bias", "gemm", "_MANY_ROWS"),
+        ("residual and layer norm after", "gemm", "_FEW_ROWS"),
+        ("feed forward", "gemm_gemm", "_MOST_ROWS"),
+    ],
+)
+def test_a_search_leaves_out_what_loses_by_far(monkeypatch, case, template, limit):
+    segment, _ = segment_of(case)
+    assert TEMPLATES[template].promising(segment)
+    monkeypatch.setattr({"gemm": gemm, "gemm_gemm": gemm_gemm}[template], limit, 17)  # the case has 18 rows
+    assert not TEMPLATES[template].promising(segment)
+    assert TEMPLATES[template].supports(segment) is None
+    assert template not in {name for name, _ in Space.of(segment, 0, lambda name: True).waiting}
+    assert TEMPLATES["gemm"].promising(segment_of("gelu after")[0])
 
 
 H200 = tiles.Device(multiprocessors=132, shared=232448)

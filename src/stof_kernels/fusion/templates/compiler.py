@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import queue
@@ -32,6 +33,7 @@ class CompilerPool:
         self._futures: dict[str, Future] = {}
         self._began: dict[Future, float] = {}
         self._cache = _cache_dir() if count else ""
+        count = count if self._cache else 0
         self.lost = 0  # tasks that no process could answer
         self._workers = [worker for worker in (_start() for _ in range(count)) if worker is not None]
         self.threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
@@ -105,7 +107,9 @@ class CompilerPool:
 
 
 def _cache_dir() -> str:
-    """Where this process looks for compiled kernels."""
+    """Where this process looks for compiled kernels; empty without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
     import triton
 
     return str(triton.knobs.cache.dir)
