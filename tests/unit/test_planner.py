@@ -68,8 +68,8 @@ def test_shapes_that_are_not_built_for_a_head_dim_are_not_feasible():
     card = planner.cuda_spec("NVIDIA H200", (9, 0), 132, 228 * 1024, 64)
     wide = [c for c in planner.candidates(card) if planner.infeasible(c, card, problem(head_dim=256)) is None]
     assert {c.kernel for c in wide} == {planner.ROW_WISE, planner.BLOCK_WISE}
-    split = next(c for c in planner.candidates(card) if c.id.endswith("split"))
-    assert "is for head dims up to 128, here 256" in planner.infeasible(split, card, problem(head_dim=256))
+    split = next(c for c in planner.candidates(card) if c.id.endswith("hopper_split"))
+    assert "hopper_split is for head dims up to 64, here 256" in planner.infeasible(split, card, problem(head_dim=256))
 
 
 def test_explain_names_kernel_time_and_reasons():

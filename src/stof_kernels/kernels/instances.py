@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split")
+SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Names in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h; plan[3] is the index plus one."""
 
 _TYPES = {"fp16": "__half", "bf16": "__nv_bfloat16"}
@@ -121,13 +121,12 @@ class HopperInstance:
 
 @dataclass(frozen=True)
 class HopperSplitTile:
-    """Template arguments of one instantiation of Hopper's kernel for short calls: ``cluster`` blocks of ``warpgroups`` share an
-    item; each warpgroup has room for ``stages`` key tiles."""
+    """Template arguments of one instantiation of Hopper's kernel for short calls: ``groups`` warpgroups share an item, each has
+    room for ``stages`` key tiles."""
 
     shape: str
     dim: int
-    warpgroups: int
-    cluster: int
+    groups: int
     stages: int
     min_blocks: int
 
@@ -141,9 +140,8 @@ class HopperSplitTile:
         """Shared memory of a block: each warpgroup's tiles and bitmaps, queries, what warpgroups hand to each other."""
         tile, pieces = 64 * -(-self.dim // 64) * 128, self.dim // 16
         one = self.stages * (2 * tile + 512 + 32) + 64 * 16 + 8
-        teams = [self.warpgroups * blocks for blocks in (1, self.cluster)]
-        handed = max(self.warpgroups * -(-pieces // team) * (team - 1) for team in teams)
-        return self.warpgroups * -(-one // 1024) * 1024 + tile + handed * 4096 + teams[1] * 2048 + 64 + 1024
+        handed = -(-pieces // self.groups) * (self.groups - 1) * 4096 + 2048
+        return self.groups * (-(-one // 1024) * 1024 + handed) + tile + 64 + 1024
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class HopperSplitInstance:
     def source(self) -> str:
         """Text of the translation unit."""
         t = self.tile
-        arguments = (self.name, _TYPES[self.dtype], t.dim, t.warpgroups, t.cluster, t.stages, t.min_blocks)
+        arguments = (self.name, _TYPES[self.dtype], t.dim, t.groups, t.stages, t.min_blocks)
         return (
             f'#include "attention/cuda/hopper_split_run.cuh"\n\nSTOF_HOPPER_SPLIT({", ".join(map(str, arguments))})\n'
         )
@@ -192,8 +190,8 @@ _HOPPER_TILES = (
     HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
 )
 _HOPPER_SPLIT_TILES = (
-    HopperSplitTile("hopper_split", 64, warpgroups=2, cluster=1, stages=2, min_blocks=2),
-    HopperSplitTile("hopper_split", 128, warpgroups=2, cluster=1, stages=2, min_blocks=1),
+    HopperSplitTile("hopper_split", 64, groups=2, stages=2, min_blocks=2),
+    HopperSplitTile("hopper_quad", 64, groups=4, stages=2, min_blocks=1),
 )
 
 

@@ -1,6 +1,6 @@
 """Planner: WHICH kernel. Pure Python on numbers; runs without a GPU and without torch."""
 
-from .config import BLOCK_WISE, ROW_WISE, KernelConfig, candidates, infeasible
+from .config import BLOCK_WISE, MOST_LAYOUT_KEYS, ROW_WISE, KernelConfig, candidates, infeasible
 from .cost import predict_us
 from .device import CPU_COSTS, CpuCosts, DeviceSpec, cpu_spec, cuda_spec
 from .policy import POLICIES, Plan, choose, paper_score
@@ -10,6 +10,7 @@ __all__ = [
     "BLOCK_WISE",
     "CELL",
     "CPU_COSTS",
+    "MOST_LAYOUT_KEYS",
     "POLICIES",
     "ROW_WISE",
     "AttentionProblem",

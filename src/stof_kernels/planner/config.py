@@ -9,9 +9,9 @@ from .problem import AttentionProblem
 
 ROW_WISE, BLOCK_WISE = "row_wise", "block_wise"
 _CODES = {ROW_WISE: 0, BLOCK_WISE: 1}
-SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split")
+SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Arrangements of the CUDA block-wise kernel, in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h."""
-HOPPER = ("hopper", "hopper_pair", "hopper_split")
+HOPPER = ("hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Those that need Hopper's own instructions."""
 
 
@@ -63,14 +63,17 @@ _HOPPER_CANDIDATES = (
     _shape("hopper"),
     _shape("hopper_pair"),
     _shape("hopper_split"),
+    _shape("hopper_quad"),
     _shape("wide"),
-    _shape("split"),
     KernelConfig(ROW_WISE, 1, 0),
 )
-_MOST_LAYOUT_KEYS = 1 << 20
+MOST_LAYOUT_KEYS = 1 << 20
+"""Keys that the layout of the CUDA block-wise kernels can have; longer masks are for the row-wise one."""
 # Padded head dimensions that a shape is for; the others serve all.
-_SHAPE_DIMS = dict.fromkeys(("large", "split", "hopper", "hopper_split"), (32, 64, 96, 128)) | {
-    "hopper_pair": (96, 128)
+_SHAPE_DIMS = dict.fromkeys(("large", "split", "hopper"), (32, 64, 96, 128)) | {
+    "hopper_pair": (96, 128),
+    "hopper_split": (32, 64),
+    "hopper_quad": (32, 64),
 }
 
 
@@ -83,8 +86,8 @@ def candidates(device: DeviceSpec) -> tuple[KernelConfig, ...]:
 
 def infeasible(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem) -> str | None:
     """Why this configuration cannot run the problem, or None."""
-    if device.kind == "cuda" and config.kernel == BLOCK_WISE and problem.kv_len > _MOST_LAYOUT_KEYS:
-        return f"its layout takes at most {_MOST_LAYOUT_KEYS} keys, here {problem.kv_len}"
+    if device.kind == "cuda" and config.kernel == BLOCK_WISE and problem.kv_len > MOST_LAYOUT_KEYS:
+        return f"its layout takes at most {MOST_LAYOUT_KEYS} keys, here {problem.kv_len}"
     dims = _SHAPE_DIMS.get(SHAPES[config.shape - 1]) if config.shape else None
     if dims and problem.head_dim_padded not in dims:
         least = f"from {dims[0] - 31} " if dims[0] > 32 else ""

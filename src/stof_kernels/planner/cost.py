@@ -46,16 +46,32 @@ def _cuda_us(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem
     tiles = stats.key_tiles * problem.repeats
     items = -(-problem.q_len // config.q_tile) * problem.mask.planes * problem.repeats
     chunk = _fair_chunk(tiles, items, device.units * _BLOCKS_PER_UNIT)
-    us = costs.launch + tiles / device.units * (costs.tile + costs.tile_dim * width)
-    us += items / device.units * (costs.item + costs.item_dim * width)
-    kept_of_a_row = problem.mask.kept / max(1, stats.key_tiles * config.q_tile)
-    chain = costs.chain + costs.chain_dim * width + costs.thin * math.exp(-kept_of_a_row)
-    us += min(stats.longest, chunk) * chain
-    return us + (costs.combine if stats.longest > chunk else 0.0)
+    longest = min(stats.longest, chunk)
+    slow = _slow_share(problem.mask.kept / max(1, stats.key_tiles * config.q_tile), longest) if costs.tile_slow else 0.0
+    all_work = tiles / device.units * (costs.tile + costs.tile_dim * width + costs.tile_slow * slow)
+    all_work += items / device.units * (costs.item + costs.item_dim * width)
+    one_list = longest * (costs.chain + costs.chain_dim * width + costs.chain_slow * slow)
+    return costs.launch + _longer(all_work, one_list) + (costs.combine if stats.longest > chunk else 0.0)
+
+
+def _longer(a: float, b: float) -> float:
+    """The longer of two times that pass side by side; where they are about equal, each delays the other."""
+    return (a**3 + b**3) ** (1 / 3)
+
+
+def _slow_share(kept: float, tiles: int) -> float:
+    """Share of a list's tiles in which a row of some warp of 16 meets its first key after others did.
+
+    A row keeps ``kept`` keys of a tile on average, here and there (Poisson); the Hopper kernels take such a tile twice.
+    """
+    step = max(1, tiles // 256)
+    meets = 1 - math.exp(-kept)
+    slow = [1 - (1 - math.exp(-kept * before) * meets) ** 16 for before in range(0, tiles, step)]
+    return sum(slow) / max(1, len(slow))
 
 
 # Thread blocks of the block-wise kernel that a multiprocessor holds, and the shortest pieces that the layout builder cuts lists
-# into: csrc/bindings/format_cuda.cpp and csrc/format/cuda/schedule.cu.
+# into: csrc/bindings/format_cuda.cpp and csrc/format/cuda/layout.cuh.
 _BLOCKS_PER_UNIT = 4
 _MIN_CHUNK, _MIN_CHUNK_FEW = 8, 16
 

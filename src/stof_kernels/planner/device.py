@@ -46,9 +46,10 @@ class CudaBlockCosts:
     """One key tile of the longest list, which is worked through one after the other however empty the device is."""
     combine: float
     """Joining lists that were cut and shared between thread blocks."""
-    thin: float = 0.0
-    """Extra of one key tile of the longest list where rows keep next to nothing of a tile: the Hopper kernel takes a slower
-    path whenever a row meets its first key."""
+    tile_slow: float = 0.0
+    chain_slow: float = 0.0
+    """Extra of one key tile, on a full multiprocessor and in the longest list, in which a row meets its first key after others
+    of its warp: the Hopper kernels then do a tile twice."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,13 @@ CPU_COSTS = {
 # Fitted to 1163 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.75 and 1.25 of measured. Other
 # cards are sized by their multiprocessors; the ratios between the kernels are assumed to carry over until one is measured.
 CUDA_BLOCK_COSTS = {
-    "wide": CudaBlockCosts(2.733, 0.0, 0.446, 0.0, 0.358, 0.280, 0.386, 0.942),
-    "large": CudaBlockCosts(3.392, 0.0, 0.870, 0.0, 0.766, 0.584, 0.477, 0.651),
-    "split": CudaBlockCosts(3.373, 0.206, 0.284, 0.166, 1.936, 0.106, 0.153, 5.132),
-    "hopper": CudaBlockCosts(3.620, 0.057, 0.196, 0.0, 0.570, 0.171, 0.124, 2.639, 0.718),
-    "hopper_split": CudaBlockCosts(2.600, 0.100, 0.250, 0.0, 0.700, 0.080, 0.070, 2.639, 0.300),
-    "hopper_pair": CudaBlockCosts(5.365, 0.0, 0.397, 0.0, 1.274, 0.0, 0.185, 4.689, 0.718),
+    "wide": CudaBlockCosts(2.65, 0.028, 0.480, 0.0, 0.620, 0.508, 0.489, 3.97),
+    "large": CudaBlockCosts(2.92, 0.0, 1.090, 0.0, 1.203, 1.087, 0.503, 4.08),
+    "split": CudaBlockCosts(2.84, 0.195, 0.347, 0.816, 1.694, 0.221, 0.439, 4.83),
+    "hopper": CudaBlockCosts(2.37, 0.050, 0.225, 0.0, 0.637, 0.216, 0.266, 3.97, 0.359, 0.796),
+    "hopper_pair": CudaBlockCosts(3.39, 0.252, 0.330, 0.0, 1.228, 0.636, 0.088, 3.99, 0.518, 0.985),
+    "hopper_split": CudaBlockCosts(0.90, 0.0, 0.368, 0.0, 1.189, 0.0, 0.731, 3.13, 0.359, 0.796),
+    "hopper_quad": CudaBlockCosts(1.96, 0.0, 0.443, 0.0, 2.232, 0.0, 0.287, 4.39, 0.359, 0.796),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)
 

@@ -10,22 +10,16 @@
 #include "hopper_rows.cuh"
 #include "launch.h"
 
-#ifndef STOF_MARK
-#define STOF_MARK(i)
-#endif
-
 namespace stof::cuda {
 
-template <typename T_, int kDim_, int kWarpgroups_, int kCluster_, int kStages_>
+template <typename T_, int kDim_, int kGroups_, int kStages_>
 struct HopperSplitConfig {
   using T = T_;
-  static constexpr int kDim = kDim_;                // head dim, padded: 64 or 128
-  static constexpr int kWarpgroups = kWarpgroups_;  // of a block
-  static constexpr int kCluster = kCluster_;        // blocks that share an item, on neighbouring multiprocessors
-  static constexpr int kStages = kStages_;          // key tiles that a warpgroup holds
+  static constexpr int kDim = kDim_;        // head dim, padded: 64 or 128
+  static constexpr int kGroups = kGroups_;  // warpgroups, which share the key tiles of an item
+  static constexpr int kStages = kStages_;  // key tiles that a warpgroup holds
 
-  static constexpr int kGroups = kWarpgroups * kCluster;  // warpgroups, which share the key tiles of an item
-  static constexpr int kThreads = kWarpgroups * 128;
+  static constexpr int kThreads = kGroups * 128;
   static constexpr int kRows = 64;  // query tile
   static constexpr int kKeys = 64;  // key tile
   static constexpr int kRun = 16;
@@ -37,12 +31,7 @@ struct HopperSplitConfig {
   static constexpr int kColumns = 64;                       // of a warpgroup's tiles: their runs wait in shared memory
   // Results are merged in pieces of 32 dims of one of the two rows of each thread.
   static constexpr int kPieces = kDim / 16;
-  // How many of them a warpgroup joins and writes, at most, where the item's warpgroups are in that many blocks.
-  template <int kOver>
-  static constexpr int kMostPieces = (kPieces + kWarpgroups * kOver - 1) / (kWarpgroups * kOver);
-  // How many places a block has for those that others hand to it.
-  template <int kOver>
-  static constexpr int kPlaces = kWarpgroups * kMostPieces<kOver> * (kWarpgroups * kOver - 1);
+  static constexpr int kMostPieces = (kPieces + kGroups - 1) / kGroups;  // that a warpgroup joins and writes
   static constexpr int kPieceBytes = 8 * 128 * 4;
   static constexpr int kStatBytes = 128 * 16;
 
@@ -52,46 +41,13 @@ struct HopperSplitConfig {
   static constexpr int kBarriersAt = kColumnsAt + kColumns * 16;
   static constexpr int kGroupBytes = (kBarriersAt + kStages * 4 * 8 + 8 + 1023) / 1024 * 1024;
   // A block's: its warpgroups', queries, what the item's warpgroups hand over to them, the item.
-  static constexpr int kQueriesAt = kWarpgroups * kGroupBytes;
+  static constexpr int kQueriesAt = kGroups * kGroupBytes;
   static constexpr int kPiecesAt = kQueriesAt + kTileBytes;
-  static constexpr int kStatsAt = kPiecesAt + (kPlaces<1> > kPlaces<kCluster> ? kPlaces<1> : kPlaces<kCluster>) * kPieceBytes;
+  static constexpr int kStatsAt = kPiecesAt + kGroups * kMostPieces * (kGroups - 1) * kPieceBytes;
   static constexpr int kItemAt = kStatsAt + kGroups * kStatBytes;
   static constexpr int kSharedBytes = kItemAt + 64 + 1024;  // the last to align the first
   static_assert(kSharedBytes <= 227 * 1024, "shared memory");
 };
-
-// ---- shared memory of a cluster's blocks ---------------------------------------------------------------------------------
-
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// Of all threads of the cluster: what they wrote to each other's shared memory can be read.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-}
-
-// The same place in the shared memory of a block of the cluster.
-__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int block) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(block));
-  return there;
-}
-
-__device__ __forceinline__ void put_floats(uint32_t address, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(a), "f"(b) : "memory");
-}
-__device__ __forceinline__ void put_floats(uint32_t address, float a, float b, float c, float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-__device__ __forceinline__ void put_cluster_floats(uint32_t address, float a, float b) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(a), "f"(b) : "memory");
-}
-__device__ __forceinline__ void put_cluster_floats(uint32_t address, float a, float b, float c, float d) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
 
 template <class C>
 class HopperSplit {
@@ -100,16 +56,14 @@ class HopperSplit {
 
  public:
   __device__ HopperSplit(const Problem& p, const BlockLayout& layout, const HopperMaps& maps, uint32_t memory)
-      : p(p), layout(layout), maps(maps), memory(memory), own_memory(memory + warpgroup() * C::kGroupBytes),
+      : p(p), layout(layout), maps(maps), memory(memory), own_memory(memory + own_group() * C::kGroupBytes),
         warp((threadIdx.x >> 5) & 3), lane(threadIdx.x & 31), rows(p, warp) {}
 
-  // What needs nothing that an earlier kernel writes, but the layout. False: there is nothing to do for this block.
-  __device__ bool prepare(const Assignment& mine) {
+  // What needs nothing that an earlier kernel writes, but the layout.
+  __device__ void prepare(const Assignment& mine) {
     const int4* item = reinterpret_cast<const int4*>(layout.items + static_cast<int64_t>(mine.item) * kItemInts);
     const int4 head = __ldg(item), more = __ldg(item + 1);
-    const bool shared = is_shared(head.z);
-    if (!shared && rank() != 0) return false;
-    const int group = item_group(shared);
+    const int group = own_group();
     own = own_of(head.z, group);
     const int thread = warp * 32 + lane;
     if (thread < C::kColumns && thread < own) put_shared(columns() + thread * 16, column(head.y + group, thread));
@@ -129,10 +83,7 @@ class HopperSplit {
     }
     if (thread >= 64) barrier_init_fence();
     if (thread < 5) prefetch_map(&maps.q + thread);
-    __syncwarp();
-    if (shared) cluster_barrier();
-    else __syncthreads();
-    return true;
+    __syncthreads();
   }
 
   // The first copies, all at once (a block without a tile copies nothing that it would not wait for), as soon as what earlier kernels wrote can be read.
@@ -145,7 +96,6 @@ class HopperSplit {
       barrier_expect(query_full(), C::kTileBytes);
     }
     wait_for_predecessor();
-    STOF_MARK(1)
     if (brings) {
       if (own > 0) bring(first, 0, warp);
       for (int i = 1; i < C::kStages && i < own; ++i) bring(source(i), i, warp);
@@ -168,12 +118,9 @@ class HopperSplit {
       return;
     }
     barrier_wait(query_full(), 0);
-    STOF_MARK(2)
     rows.load_queries(memory + C::kQueriesAt);
     barrier_wait(full(0, 0), 0);
-    STOF_MARK(3)
     first_tile();
-    STOF_MARK(4)
     release(0, 0);
 #pragma unroll 1
     for (int i = 1; i < own; ++i) {
@@ -210,11 +157,9 @@ class HopperSplit {
   __device__ void finish() {
     int tiles;
     asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(tiles) : "r"(tiles_at()) : "memory");
-    if (is_shared(tiles)) {
-      merge<C::kCluster>(tiles);
-    } else if (tiles > 1) {
-      merge<1>(tiles);
-    } else if (warpgroup() == 0) {
+    if (tiles > 1) {
+      merge(tiles);
+    } else if (own_group() == 0) {
       write(get_shared(item_at()), get_shared(item_at() + 16), HopperAllPieces{});
     }
   }
@@ -226,23 +171,14 @@ class HopperSplit {
   const uint32_t memory, own_memory;  // of the block, of the warpgroup
   const int warp, lane;
   HopperRows<C> rows;
-  int own;  // tiles of this warpgroup: of the item's those with its number among the item's warpgroups, and every kGroups on
+  int own;  // tiles of this warpgroup: of the item's the one with its number, and every kGroups on
 
-  // Read anew where it is needed: the loop has no register to keep it in. Of whole warps.
-  static __device__ int warpgroup() {
+  // Its number. Read anew where it is needed: the loop has no register to keep it in. Of whole warps.
+  static __device__ int own_group() {
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return __shfl_sync(0xffffffffu, thread >> 7, 0);
   }
-  // Of the cluster's blocks.
-  static __device__ int rank() {
-    if constexpr (C::kCluster == 1) return 0;
-    else return cluster_rank();
-  }
-  // Whether the cluster's blocks share an item of so many tiles. A short one is the first block's alone.
-  static __device__ bool is_shared(int tiles) { return C::kCluster > 1 && tiles > C::kWarpgroups; }
-  // Neighbouring tiles go to different blocks.
-  static __device__ int item_group(bool shared) { return shared ? warpgroup() * C::kCluster + rank() : warpgroup(); }
 
   static __device__ void put_shared(uint32_t address, const int4& x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
@@ -267,7 +203,7 @@ class HopperSplit {
   __device__ uint32_t tiles_at() const { return memory + C::kItemAt + 32; }
   __device__ uint32_t query_full() const { return memory + C::kItemAt + 40; }
 
-  // Of this warpgroup: how many of its tiles are full, which come first, and its number among the item's.
+  // Of this warpgroup: how many of its tiles are full, which come first, and its number.
   __device__ uint32_t dealt_at() const { return own_memory + C::kBarriersAt + C::kStages * 32; }
   __device__ int2 dealt() const {
     int2 x;
@@ -371,72 +307,56 @@ class HopperSplit {
   static constexpr __device__ int piece_of(int r, int c) { return c / 2 + r; }
   static constexpr __device__ int element(int piece, int e) { return (piece / 2 * 4 + e / 2) * 4 + (piece & 1) * 2 + (e & 1); }
 
-  // Of the warpgroups of `kBlocks` blocks. Those that had no tile join and write, too.
-  template <int kBlocks>
+  // Those that had no tile join and write, too.
   __device__ void merge(int tiles) {
-    constexpr int kTeam = kBlocks * C::kWarpgroups;
-    const int mine = item_group(kBlocks > 1), active = min(tiles, kTeam);
+    const int mine = own_group(), active = min(tiles, C::kGroups);
     const int4 place = get_shared(item_at()), more = get_shared(item_at() + 16);
-    __syncwarp();
-    if (mine < active) hand_over<kBlocks>(mine);
-    if constexpr (kBlocks > 1) cluster_barrier();
-    else __syncthreads();
-    STOF_MARK(6)
-    join<kBlocks>(mine, active);
-    write(place, more, [mine](int r, int c) { return piece_of(r, c) % kTeam == mine; });
+    if (mine < active) hand_over(mine);
+    __syncthreads();
+    join(mine, active);
+    write(place, more, [mine](int r, int c) { return piece_of(r, c) % C::kGroups == mine; });
   }
 
   // Where warpgroup `from` leaves a piece, and the statistics of row r, for the one that joins the piece.
-  template <int kBlocks>
   __device__ uint32_t piece_at(int from, int piece) const {
-    constexpr int kTeam = kBlocks * C::kWarpgroups, kMost = C::template kMostPieces<kBlocks>;
-    const int to = piece % kTeam, place = to / kBlocks * kMost + piece / kTeam;
+    const int to = piece % C::kGroups, place = to * C::kMostPieces + piece / C::kGroups;
     const int sender = from - (from > to);
-    return memory + C::kPiecesAt + (place * (kTeam - 1) + sender) * C::kPieceBytes + (warp * 32 + lane) * 16;
+    return memory + C::kPiecesAt + (place * (C::kGroups - 1) + sender) * C::kPieceBytes + (warp * 32 + lane) * 16;
   }
   __device__ uint32_t stat_at(int from, int r) const {
     return memory + C::kStatsAt + from * C::kStatBytes + (r * 128 + warp * 32 + lane) * 8;
   }
 
-  template <int kBlocks>
   __device__ void hand_over(int mine) const {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) put_in_block<kBlocks>(block, stat_at(mine, r), rows.shift[r], rows.row_sum[r]);
+    for (int r = 0; r < 2; ++r)
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(stat_at(mine, r)), "f"(rows.shift[r]), "f"(rows.row_sum[r])
+                   : "memory");
 #pragma unroll
     for (int piece = 0; piece < C::kPieces; ++piece) {
-      const int to = piece % (kBlocks * C::kWarpgroups);
-      if (to == mine) continue;
+      if (piece % C::kGroups == mine) continue;
 #pragma unroll
       for (int e = 0; e < 8; e += 4) {
         const float(&o)[C::kDim / 2] = rows.o;
-        put_in_block<kBlocks>(to % kBlocks, piece_at<kBlocks>(mine, piece) + e / 4 * 2048, o[element(piece, e)],
-                              o[element(piece, e + 1)], o[element(piece, e + 2)], o[element(piece, e + 3)]);
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(piece_at(mine, piece) + e / 4 * 2048),
+                     "f"(o[element(piece, e)]), "f"(o[element(piece, e + 1)]), "f"(o[element(piece, e + 2)]),
+                     "f"(o[element(piece, e + 3)])
+                     : "memory");
       }
     }
   }
 
-  // To the shared memory of a block of the cluster, or of this one.
-  template <int kBlocks, typename... Numbers>
-  static __device__ void put_in_block(int block, uint32_t address, Numbers... x) {
-    if constexpr (kBlocks == 1) put_floats(address, x...);
-    else put_cluster_floats(cluster_address(address, block), x...);
-  }
-
   // The sums of all active warpgroups, in their order, in the place of this one's; of its own pieces.
-  template <int kBlocks>
   __device__ void join(int mine, int active) {
-    constexpr int kTeam = kBlocks * C::kWarpgroups;
-    float weight[2][kTeam];
+    float weight[2][C::kGroups];
 #pragma unroll
     for (int r = 0; r < 2; ++r) join_statistics(r, active, weight[r]);
 #pragma unroll
     for (int piece = 0; piece < C::kPieces; ++piece) {
-      if (piece % kTeam != mine) continue;
+      if (piece % C::kGroups != mine) continue;
       float sums[8] = {};
 #pragma unroll
-      for (int g = 0; g < kTeam; ++g) {
+      for (int g = 0; g < C::kGroups; ++g) {
         if (g >= active) continue;
         float other[8];
         if (g == mine) {
@@ -447,7 +367,7 @@ class HopperSplit {
           for (int h = 0; h < 2; ++h)
             asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
                          : "=f"(other[h * 4]), "=f"(other[h * 4 + 1]), "=f"(other[h * 4 + 2]), "=f"(other[h * 4 + 3])
-                         : "r"(piece_at<kBlocks>(g, piece) + h * 2048)
+                         : "r"(piece_at(g, piece) + h * 2048)
                          : "memory");
         }
 #pragma unroll
@@ -459,11 +379,10 @@ class HopperSplit {
   }
 
   // Maximum and sum of row r over all active warpgroups; what the sums of each are to be multiplied by.
-  template <int kTeam>
-  __device__ void join_statistics(int r, int active, float (&weight)[kTeam]) {
-    float sum[kTeam], top = -INFINITY, total = 0.f;
+  __device__ void join_statistics(int r, int active, float (&weight)[C::kGroups]) {
+    float sum[C::kGroups], top = -INFINITY, total = 0.f;
 #pragma unroll
-    for (int g = 0; g < kTeam; ++g) {
+    for (int g = 0; g < C::kGroups; ++g) {
       weight[g] = -INFINITY, sum[g] = 0.f;
       if (g < active)
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(weight[g]), "=f"(sum[g]) : "r"(stat_at(g, r)) : "memory");
@@ -471,7 +390,7 @@ class HopperSplit {
     }
     const float offset = top == -INFINITY ? 0.f : top;
 #pragma unroll
-    for (int g = 0; g < kTeam; ++g) {
+    for (int g = 0; g < C::kGroups; ++g) {
       weight[g] = exp2_fast(weight[g] - offset);
       total = fmaf(sum[g], weight[g], total);
     }

@@ -11,9 +11,8 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks)
     hopper_split_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout,
                         const __grid_constant__ HopperMaps maps) {
   extern __shared__ unsigned char raw[];
-  STOF_MARK(0)
   let_successor_start();
-  const Assignment mine = assignment_of(layout, blockIdx.x / C::kCluster);
+  const Assignment mine = assignment_of(layout, blockIdx.x);
   if (!layout.exact) {
     wait_for_predecessor();
     if (layout.header[6] != 0 || p.counts[3] != 0) {
@@ -24,12 +23,10 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks)
   }
   const uint32_t memory = (shared_address(raw) + 1023) & ~1023u;  // what the copy engine swizzles starts at 1024 bytes
   HopperSplit<C> split(p, layout, maps, memory);
-  if (!split.prepare(mine)) return;
+  split.prepare(mine);
   split.start();
   split.work();
-  STOF_MARK(5)
   split.finish();
-  STOF_MARK(7)
 }
 
 template <class C, int kMinBlocks>
@@ -43,18 +40,17 @@ cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& la
   const auto kernel = hopper_split_kernel<C, kMinBlocks>;
   error = allow_shared_memory(kernel, C::kSharedBytes, prepared, device);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = static_cast<int64_t>(layout.item_limit) * layout.copies * C::kCluster;
-  return launch_overlapping_clusters(kernel, C::kCluster, dim3(static_cast<unsigned>(blocks)), C::kThreads, C::kSharedBytes, stream,
-                                     problem, layout, maps);
+  const int64_t blocks = static_cast<int64_t>(layout.item_limit) * layout.copies;
+  return launch_overlapping(kernel, dim3(static_cast<unsigned>(blocks)), C::kThreads, C::kSharedBytes, stream, problem, layout,
+                            maps);
 }
 
 }  // namespace stof::cuda
 
 // Defines one launcher; the translation units that instances.py generates consist of these.
-#define STOF_HOPPER_SPLIT(name, T, dim, warpgroups, cluster, stages, min_blocks)                                    \
-  namespace stof::cuda {                                                                                            \
-  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                        \
-    using Config = HopperSplitConfig<T, dim, warpgroups, cluster, stages>;                                          \
-    return launch_hopper_split_as<Config, min_blocks>(problem, layout, stream);                                     \
-  }                                                                                                                 \
+#define STOF_HOPPER_SPLIT(name, T, dim, groups, stages, min_blocks)                                                     \
+  namespace stof::cuda {                                                                                                \
+  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                            \
+    return launch_hopper_split_as<HopperSplitConfig<T, dim, groups, stages>, min_blocks>(problem, layout, stream);      \
+  }                                                                                                                     \
   }
