@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import raw
-from ..planner import BLOCK_WISE, KernelConfig, MaskStats, TileStats
+from ..planner import BLOCK_WISE, MOST_LAYOUT_KEYS, KernelConfig, MaskStats, TileStats
 from .cells import CELL, n_cols, n_strips
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ TILE_KEYS = 64
 """Keys of a packed tile of the CUDA block-wise kernel: four runs of 16."""
 Q_TILES = (64, 128)
 """Its query tiles."""
-MOST_KEYS = 1 << 20
-"""Keys that its layout can have; longer masks are for the row-wise kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +103,7 @@ def _read_back(mask: SparseMask) -> tuple[int, int, int, tuple[TileStats, ...]]:
     # Lists that are repeated for every plane share their bit rows, so partial cells are counted and not their rows.
     listed = torch.arange(mask.capacity, device=mask.device) < mask.counts[0]
     partial = ((mask.cell_slot >= 0) & listed).sum().view(1)
-    q_tiles = Q_TILES if mask.kv_len <= MOST_KEYS else ()
+    q_tiles = Q_TILES if mask.kv_len <= MOST_LAYOUT_KEYS else ()
     headers = [raw.layout_sizes(*mask.lists.tensors, *sizes, q_tile) for q_tile in q_tiles]
     numbers = torch.cat([mask.counts, partial, *headers]).tolist()
     # A header is {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}.
