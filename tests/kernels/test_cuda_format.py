@@ -136,6 +136,22 @@ def test_capacity_graph_replay_and_overflow():
             assert torch.equal(lse.isneginf(), ~mask.any(-1).expand_as(lse))
 
 
+def test_cut_lists_of_fixed_capacity_are_joined_by_blocks_that_take_several():
+    q = torch.randn(4, 32, 128, 64, device="cuda").half()
+    k, v = (torch.randn(4, 32, 4096, 64, device="cuda").half() for _ in range(2))
+    keep = torch.rand(1, 1, 128, 4096, device="cuda") < 0.1
+    cells = buffers(keep, 8 * 256, 8 * 256)
+    layout = raw.empty_layout(cells[0], 128, 1, 64, 40, 128, 128)
+    raw.build_cells_out(keep, *cells)
+    raw.build_layout_out(*cells, 128, 4096, 1, 64, 40, 128, *layout)
+    assert layout[0][2] == 2  # lists that are cut, of 128 heads each: twice as many as blocks look for
+    out, lse = attend(q, k, v, keep, layout, cells[4], torch.tensor([1, 64, 40, 0]))
+    scores = (q.float() @ k.float().mT * 0.125).masked_fill(~keep, -math.inf)
+    want = scores.softmax(-1) @ v.float()
+    assert (out.float() - want).norm() <= 7e-4 * want.norm()
+    assert torch.allclose(lse, scores.logsumexp(-1), atol=2e-3)
+
+
 @pytest.mark.parametrize(("cells", "bits", "tiles"), [(20, 400, 100), (400, 10, 100), (400, 400, 9)])
 def test_overflow_writes_nan_everywhere(cells, bits, tiles):
     q, k, v = (torch.randn(1, 4, 300, 64, device="cuda").half() for _ in range(3))
