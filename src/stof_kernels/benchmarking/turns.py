@@ -24,6 +24,7 @@ TOGETHER = frozenset(
         "torch_compile_reduce_overhead",
         "torch_compile_no_mha_boundary",
         "flex_attention",
+        "stof_mha_only",
     }
 )
 """Whole-model methods that may be prepared beside others. Any other may choose kernels by their time, so it is alone for it."""

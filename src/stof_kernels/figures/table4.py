@@ -146,6 +146,17 @@ def _rule(drawn: Page, y: float, width: float) -> None:
     drawn.figure.add_artist(Line2D(xs, (y / drawn.height,) * 2, color="#222222", linewidth=width))
 
 
+def _beside(rows: Sequence[Measurement], methods: Sequence[str]) -> str:
+    """Which methods were compiled while others were too; their rows say beside how many."""
+    found = {row.method for row in rows if "compiled beside" in row.note}
+    names = ", ".join(look(m).label for m in methods if m in found)
+    return (
+        f"{names}: compiled beside other jobs on the same cores (the table's notes say how many): upper bounds."
+        if names
+        else ""
+    )
+
+
 def _caption(
     page: GpuPage, rows: Sequence[Measurement], found: Found, methods: Sequence[str], places: Sequence[Place]
 ) -> list[str]:
@@ -160,6 +171,7 @@ def _caption(
             else " From the model on its device to the first tuned call, in a warm process, compile caches empty."
         ),
         cells.footnotes(missing, lambda m: look(m).label).replace("a bar", "a number"),
+        _beside(rows, methods),
         _REMARK if published else "",
         captions.VIT if published and any(row.model == "vit" for row in rows) else "",
         captions.source(page, rows),
