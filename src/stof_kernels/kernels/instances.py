@@ -190,7 +190,7 @@ _HOPPER_TILES = (
     HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
 )
 _HOPPER_SPLIT_TILES = (
-    HopperSplitTile("hopper_split", 64, groups=2, stages=2, min_blocks=2),
+    HopperSplitTile("hopper_split", 64, groups=2, stages=4, min_blocks=1),
     HopperSplitTile("hopper_quad", 64, groups=4, stages=2, min_blocks=1),
 )
 
