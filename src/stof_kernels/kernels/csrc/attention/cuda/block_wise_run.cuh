@@ -1,9 +1,8 @@
 // The main loop, epilogues and launch of the block-wise kernel.
 #pragma once
 
-#include <atomic>
-
 #include "block_wise.cuh"
+#include "launch.h"
 
 namespace stof::cuda {
 
@@ -228,12 +227,8 @@ cudaError_t launch_block_wise_as(const Problem& problem, const BlockLayout& layo
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const auto kernel = block_wise_kernel<C, kMinBlocks>;
-  const uint64_t bit = 1ull << (device & 63);
-  if (!(prepared.load(std::memory_order_relaxed) & bit)) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    prepared.fetch_or(bit, std::memory_order_relaxed);
-  }
+  error = allow_shared_memory(kernel, C::kSharedBytes, prepared, device);
+  if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(layout.item_limit) * layout.copies;
   kernel<<<static_cast<unsigned>(blocks), C::kThreads * C::kGroups, C::kSharedBytes, stream>>>(problem, layout);
   return cudaGetLastError();
