@@ -190,7 +190,8 @@ def test_tuned_attention(with_mask):
     torch.testing.assert_close(got.double(), expected(q, k, v, mask, 32**-0.5), atol=5e-6, rtol=1e-5)
     assert [t.measured > 0 and t.predicted > 0 for t in found.tuned.trials] == [True, True]
     assert found.tuned.seconds > sum(t.measured for t in found.tuned.trials if math.isfinite(t.measured))
-    assert re.fullmatch(r".+ \d+x\d+x\d+x\d+, [48] warps, \d stages; 2 of \d+ candidates measured in 1 rounds", str(found.tuned))
+    text = str(found.tuned)
+    assert re.fullmatch(r".+ \d+x\d+x\d+x\d+, [48] warps, \d stages; 2 of \d+ candidates measured in 1 rounds", text)
 
 
 def test_one_tuning_serves_all_masks_of_a_shape(monkeypatch):
