@@ -35,8 +35,12 @@ def peak_mib(run: Callable[[], object], device: str) -> float | None:
 
 
 def give_back(device: str) -> None:
-    """Free what nothing refers to, and give it back to the device."""
+    """Free what nothing refers to, and give it back to the device.
+
+    cuBLAS keeps a workspace that it may have got out of a far larger block of an earlier cell: that block could not go back.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
