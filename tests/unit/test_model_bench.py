@@ -357,6 +357,29 @@ def test_peak_memory_sees_what_is_gone_afterwards():
     assert 250 < model_memory.peak_mib(run, "cpu") - quiet < 400
 
 
+def test_memory_goes_back_without_what_cublas_keeps(monkeypatch):
+    """Its workspace can lie in a block of an earlier cell, so it goes before the blocks do."""
+    done = []
+    for owner, name in ((torch._C, "_cuda_clearCublasWorkspaces"), (torch.cuda, "empty_cache")):
+        monkeypatch.setattr(owner, name, lambda name=name: done.append(name), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model_memory.give_back("cuda")
+    assert done == ["_cuda_clearCublasWorkspaces", "empty_cache"]
+    model_memory.give_back("cpu")
+    assert len(done) == 2
+
+
+def test_nothing_of_the_reference_is_left_when_a_method_prepares(monkeypatch):
+    order = []
+    compute = model_subject.BenchSubject._reference
+    monkeypatch.setattr(
+        model_subject.BenchSubject, "_reference", lambda self: order.append("computed") or compute(self)
+    )
+    monkeypatch.setattr(model_subject, "give_back", lambda device: order.append(device))
+    model_subject.subject(dict(model_problems(ONE, "cpu"))["bert_base:2x130"]).reference()
+    assert order == ["computed", "cpu"]
+
+
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
