@@ -12,6 +12,7 @@ from stof_kernels import planner
 from stof_kernels.formats import CELL
 from stof_kernels.kernels import instances
 from stof_kernels.planner import AttentionProblem, KernelConfig, MaskStats, choose, cpu_spec, paper_score
+from stof_kernels.planner.config import SHAPES
 from stof_kernels.provenance import PACKAGE_ROOT
 
 DEVICE = cpu_spec(2)
@@ -62,6 +63,25 @@ def test_paper_selector_is_equation_one():
     assert paper_score(thin) == pytest.approx(2 / 256 - 1.2 / 64)
     assert choose(thin, DEVICE, "paper").config.kernel == planner.ROW_WISE
     assert paper_score(problem(seq_len=16, cells_per_strip=1)) == -math.inf
+
+
+def causal(batch, seq_len):
+    """Causal attention of 12 heads of 64 dims, as a CUDA device's planner sees it."""
+    strips = seq_len // 16
+    tiles = tuple(
+        planner.TileStats(q, sum(-(-(i + 1) * q // 64) for i in range(seq_len // q)), seq_len // 64) for q in (64, 128)
+    )
+    cells = strips * (strips + 1) // 2
+    stats = MaskStats(cells, strips, seq_len * (seq_len + 1) // 2, strips, strips, 1, tiles)
+    return AttentionProblem(batch, 12, 12, seq_len, seq_len, 64, "float16", stats)
+
+
+# Microseconds on an H200 at (1, 4096): hopper 54, hopper_quad 96, hopper_split 130; at (1, 512): 6.3, 5.4, 5.7.
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 4096), (8, 1024), (16, 4096), (1, 32768)])
+def test_shapes_for_short_calls_are_left_to_short_calls(batch, seq_len):
+    device = planner.cuda_spec("NVIDIA H200", (9, 0), 132, 228 << 10, 64)
+    assert SHAPES[choose(causal(batch, seq_len), device).config.shape - 1] == "hopper"
+    assert SHAPES[choose(causal(1, 512), device).config.shape - 1] in ("hopper_split", "hopper_quad")
 
 
 def test_shapes_that_are_not_built_for_a_head_dim_are_not_feasible():

@@ -18,10 +18,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int times) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(times) : "memory");
-}
-
 // Arrives, and announces bytes that copies will bring.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
@@ -106,17 +102,6 @@ __device__ __forceinline__ void all_wait() {
   asm volatile("bar.sync 1, %0;\n" ::"n"(kThreads) : "memory");
 }
 
-// Barriers from the second on pass a turn from one group of warps to the next: one arrives, the other waits.
-template <int kThreads>
-__device__ __forceinline__ void turn_pass(int barrier) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
-template <int kThreads>
-__device__ __forceinline__ void turn_wait(int barrier) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
 // Keeps the compiler from moving or copying registers that a running product writes.
 template <int kCount>
 __device__ __forceinline__ void pin_registers(float (&r)[kCount]) {
@@ -157,24 +142,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t low) {
                : STOF_REGS_32(constraint, d, 0), STOF_REGS_32(constraint, d, 32)                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 
-#define STOF_PRODUCT_SHARED_64(type, constraint, transposed)                                                          \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                             \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                 \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22," \
-               " %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, " #transposed ";\n}\n"              \
-               : STOF_REGS_32(constraint, d, 0)                                                                            \
-               : "l"(a), "l"(b), "r"(add))
-
-#define STOF_PRODUCT_SHARED_128(type, constraint, transposed)                                                         \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                             \
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22," \
-               " %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43," \
-               " %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"     \
-               " %64, %65, add, 1, 1, 0, " #transposed ";\n}\n"                                                          \
-               : STOF_REGS_32(constraint, d, 0), STOF_REGS_32(constraint, d, 32)                                           \
-               : "l"(a), "l"(b), "r"(add))
-
 #define STOF_WRITTEN "=f"
 #define STOF_ADDED "+f"
 #define STOF_PRODUCT(size, constraint, transposed)                        \
@@ -196,19 +163,6 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[kCount], const uin
     if constexpr (kTransposed) STOF_PRODUCT(STOF_PRODUCT_128, STOF_ADDED, 1);
     else if constexpr (kFirst) STOF_PRODUCT(STOF_PRODUCT_128, STOF_WRITTEN, 0);
     else STOF_PRODUCT(STOF_PRODUCT_128, STOF_ADDED, 0);
-  }
-}
-
-// The same with a (64, 16) in shared memory.
-template <typename T, bool kFirst, int kCount>
-__device__ __forceinline__ void warpgroup_multiply_shared(float (&d)[kCount], uint64_t a, uint64_t b, int add) {
-  static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
-  if constexpr (kCount == 32) {
-    if constexpr (kFirst) STOF_PRODUCT(STOF_PRODUCT_SHARED_64, STOF_WRITTEN, 0);
-    else STOF_PRODUCT(STOF_PRODUCT_SHARED_64, STOF_ADDED, 0);
-  } else {
-    if constexpr (kFirst) STOF_PRODUCT(STOF_PRODUCT_SHARED_128, STOF_WRITTEN, 0);
-    else STOF_PRODUCT(STOF_PRODUCT_SHARED_128, STOF_ADDED, 0);
   }
 }
 

@@ -12,12 +12,10 @@ struct HopperAllPieces {
   __device__ __forceinline__ bool operator()(int, int) const { return true; }
 };
 
-// C has the element type T and the numbers kDim (padded: a multiple of 64), kKeys (of a step: 64 or 128), kBlocks (of 64 dims),
-// kBlockBytes (of a step's keys or values) and kQueryBlockBytes (of a query tile). A block's rows of 128 bytes lie as the copy
+// C has the element type T and the numbers kDim (padded: a multiple of 64), kKeys (of a tile: 64), kBlocks (of 64 dims),
+// kBlockBytes (of a tile's keys or values) and kQueryBlockBytes (of a query tile). A block's rows of 128 bytes lie as the copy
 // engine's 128-byte swizzle leaves them. `warp` counts warps of 16 rows in the query tile.
-// With kSharedQueries the queries stay in shared memory, which saves kDim / 4 registers a thread and costs the products
-// bandwidth.
-template <class C, bool kSharedQueries = false, int kPolynomials = 0>
+template <class C>
 class HopperRows {
   using T = typename C::T;
 
@@ -42,31 +40,26 @@ class HopperRows {
     for (int i = 0; i < C::kDim / 2; ++i) o[i] = 0.f;
   }
 
-  // Queries become operands; those that stay in shared memory must lie there until the last scores are made.
-  __device__ void load_queries(uint32_t address) {
-    queries = address;
-    if constexpr (!kSharedQueries) {
+  // Queries become operands in registers.
+  __device__ void load_queries(uint32_t queries) {
+    const int row = warp * 16 + (lane & 15);
 #pragma unroll
-      for (int k = 0; k < C::kDim / 16; ++k) load_operand(q[k], k);
+    for (int k = 0; k < C::kDim / 16; ++k) {
+      const int chunk = (k & 3) * 2 + (lane >> 4);
+      load_matrices(q[k], queries + k / 4 * C::kQueryBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[k][i] ^= p.q_flip;
     }
   }
+
   // Starts the products of queries and the keys at an address.
   __device__ void start_scores(Scores& s, uint32_t from) {
     const uint32_t keys = descriptor_low(from, 0);
     products_begin();
-    if constexpr (kSharedQueries) {
-      const uint32_t rows = descriptor_low(queries + (warp & ~3) * 16 * 128, 0);
-      warpgroup_multiply_shared<T, true>(s, descriptor(rows), descriptor(keys), 0);
+    warpgroup_multiply<T, false, true>(s, q[0], descriptor(keys), 0);
 #pragma unroll
-      for (int k = 1; k < C::kDim / 16; ++k)
-        warpgroup_multiply_shared<T, false>(s, descriptor(rows + (k / 4 * C::kQueryBlockBytes + (k & 3) * 32) / 16),
-                                            descriptor(keys + (k / 4 * C::kBlockBytes + (k & 3) * 32) / 16), 1);
-    } else {
-      warpgroup_multiply<T, false, true>(s, q[0], descriptor(keys), 0);
-#pragma unroll
-      for (int k = 1; k < C::kDim / 16; ++k)
-        warpgroup_multiply<T, false, false>(s, q[k], descriptor(keys + (k / 4 * C::kBlockBytes + (k & 3) * 32) / 16), 1);
-    }
+    for (int k = 1; k < C::kDim / 16; ++k)
+      warpgroup_multiply<T, false, false>(s, q[k], descriptor(keys + (k / 4 * C::kBlockBytes + (k & 3) * 32) / 16), 1);
     products_commit();
   }
 
@@ -81,15 +74,6 @@ class HopperRows {
     products_commit();
   }
 
-  // After the wait for start_scores(): the sign of a negative scale, where it could not be moved into the queries.
-  __device__ __forceinline__ void sign_scores(Scores& s) const {
-    if constexpr (kSharedQueries) {
-      if (p.q_flip == 0) return;
-#pragma unroll
-      for (int i = 0; i < C::kKeys / 2; ++i) s[i] = -s[i];
-    }
-  }
-
   // Scores of one warp alone, which cannot use the warpgroup's products.
   __device__ __forceinline__ void warp_scores(Scores& s, uint32_t keys) const {
 #pragma unroll
@@ -101,61 +85,30 @@ class HopperRows {
     for (int k = 0; k < C::kDim / 16; ++k) {
       const int chunk = (k & 3) * 2 + ((thread >> 3) & 1);
       const uint32_t from = keys + k / 4 * C::kBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4);
-      uint32_t shared[4];
-      if constexpr (kSharedQueries) load_operand(shared, k);
-      const uint32_t* a = kSharedQueries ? shared : q[kSharedQueries ? 0 : k];
 #pragma unroll
       for (int n = 0; n < C::kKeys / 16; ++n) {
         uint32_t b[4];
         load_matrices(b, from + n * 16 * 128);
-        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8]), a, b[0], b[1]);
-        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8 + 4]), a, b[2], b[3]);
+        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8]), q[k], b[0], b[1]);
+        Element<T>::multiply(reinterpret_cast<float(&)[4]>(s[n * 8 + 4]), q[k], b[2], b[3]);
       }
     }
   }
 
-  // The product of probabilities and values, by one warp alone.
-  __device__ __forceinline__ void warp_output(uint32_t values) {
-    int thread = lane;
-    asm volatile("" : "+r"(thread));
-    const int row = thread & 15;
-#pragma unroll
-    for (int n = 0; n < C::kDim / 16; ++n) {
-      const int chunk = (n & 3) * 2 + (thread >> 4);
-      const uint32_t from = values + n / 4 * C::kBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4);
-#pragma unroll
-      for (int k = 0; k < C::kKeys / 16; ++k) {
-        uint32_t b[4];
-        load_matrices_transposed(b, from + k * 16 * 128);
-        Element<T>::multiply(reinterpret_cast<float(&)[4]>(o[n * 8]), probability[k], b[0], b[1]);
-        Element<T>::multiply(reinterpret_cast<float(&)[4]>(o[n * 8 + 4]), probability[k], b[2], b[3]);
-      }
-    }
-  }
-
-  // Removed positions become -inf. `words`: a tile's bitmap, one word a thread in accumulator order; of the scores that of the
-  // first 64 keys, or the next.
-  template <int kTile = 0>
+  // Removed positions become -inf. `words`: a tile's bitmap, one word a thread in accumulator order.
   __device__ __forceinline__ void mask_scores(Scores& s, uint32_t words) const {
     uint32_t word;
     asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(words + (warp * 32 + lane) * 4));
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[kTile * 32 + i] = (word >> i) & 1u ? s[kTile * 32 + i] : -INFINITY;
-  }
-
-  // A tile that is not there.
-  template <int kTile>
-  __device__ __forceinline__ void remove_scores(Scores& s) const {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) s[kTile * 32 + i] = -INFINITY;
+    for (int i = 0; i < 32; ++i) s[i] = (word >> i) & 1u ? s[i] : -INFINITY;
   }
 
   // Softmax relative to what earlier tiles were relative to, which saves looking for the maximum: what is kept is as exact, for
   // all sums are relative to the same number. False, and nothing added, if some score of the warp is too far above it.
-  __device__ bool softmax(Scores& s, bool counts = true) {
+  __device__ bool softmax(Scores& s) {
     float sum[2];
     exponentials(s, sum);
-    const bool fits = __all_sync(0xffffffffu, counts && sum[0] <= kMostSum && sum[1] <= kMostSum);
+    const bool fits = __all_sync(0xffffffffu, sum[0] <= kMostSum && sum[1] <= kMostSum);
     if (fits) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) row_sum[r] += sum[r];
@@ -179,11 +132,6 @@ class HopperRows {
     exponentials(s, sum);
 #pragma unroll
     for (int r = 0; r < 2; ++r) row_sum[r] = fmaf(row_sum[r], factor[r], sum[r]);
-  }
-
-  // Whether all rows of the warp have had a key: softmax() can do with what scores are relative to.
-  __device__ __forceinline__ bool settled() const {
-    return __all_sync(0xffffffffu, shift[0] != kEmpty && shift[1] != kEmpty);
   }
 
   // After exact_softmax(), where a tile was done before.
@@ -259,8 +207,7 @@ class HopperRows {
  private:
   const Problem& p;
   const int warp, lane;
-  uint32_t queries;
-  uint32_t q[kSharedQueries ? 1 : C::kDim / 16][4];
+  uint32_t q[C::kDim / 16][4];
   uint32_t probability[C::kKeys / 16][4];
   float factor[2];
 
@@ -269,32 +216,13 @@ class HopperRows {
   // Shift of a row with nothing to attend so far: any score becomes infinite, and the sum shows it.
   static constexpr float kEmpty = 3e38f;
 
-  // 16 dims of the warp's queries.
-  __device__ __forceinline__ void load_operand(uint32_t (&a)[4], int k) const {
-    const int row = warp * 16 + (lane & 15), chunk = (k & 3) * 2 + (lane >> 4);
-    load_matrices(a, queries + k / 4 * C::kQueryBlockBytes + row * 128 + ((chunk ^ (row & 7)) << 4));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] ^= p.q_flip;
-  }
-
-  // 2^x on the units that add and multiply: relative error 1.0e-4, 2^-127 and less become 0, 2^127 and more 2^127. The polynomial
-  // was fitted to the least relative error on [-1/2, 1/2].
-  static __device__ __forceinline__ float exp2_polynomial(float x) {
-    constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-    x = fminf(fmaxf(x, -127.f), 127.f);
-    const float n = x + kRound, f = x - (n - kRound);
-    const float y = fmaf(fmaf(fmaf(0.05500852f, f, 0.2422109f), f, 0.69328296f), f, 1.f);
-    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(n) << 23));
-  }
-
   // Scores to probabilities, and their sums.
   __device__ void exponentials(Scores& s, float (&sum)[2]) {
     float part[2][2] = {};
 #pragma unroll
     for (int i = 0; i < C::kKeys / 2; ++i) {
       const int r = (i >> 1) & 1;
-      const float x = fmaf(s[i], p.scale_log2, shift[r]);
-      s[i] = i % 8 >= 8 - kPolynomials ? exp2_polynomial(x) : exp2_fast(x);
+      s[i] = exp2_fast(fmaf(s[i], p.scale_log2, shift[r]));
       part[r][i & 1] += s[i];
     }
 #pragma unroll

@@ -94,12 +94,8 @@ cudaError_t launch_hopper_as(const Problem& problem, const BlockLayout& layout, 
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const auto kernel = hopper_kernel<C>;
-  const uint64_t bit = 1ull << (device & 63);
-  if (!(prepared.load(std::memory_order_relaxed) & bit)) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    prepared.fetch_or(bit, std::memory_order_relaxed);
-  }
+  error = allow_shared_memory(kernel, C::kSharedBytes, prepared, device);
+  if (error != cudaSuccess) return error;
   const int64_t units = static_cast<int64_t>(layout.item_limit) * layout.copies;
   const int blocks = static_cast<int>(units < multiprocessors ? units : multiprocessors);
   error = reset_counter(layout, stream);
