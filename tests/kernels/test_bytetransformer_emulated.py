@@ -159,15 +159,19 @@ def test_long_path_is_right_step_by_step(emulated, batch, heads, blocks):
     assert error(run.out, expected(qkv, bias, keep, heads)) < 1.5e-3
 
 
-def test_long_row_without_keys_is_near_uniform(library):
-    qkv, bias, keep = draw(np.random.default_rng(3), 1, 392, 1)
-    keep[0, 201] = False
-    out = LongRun(library, qkv, bias, keep, 1, 5).out[0, 201].astype(np.float64)
-    mean = parts_of(qkv, bias, 1, D)[2][0, 0].mean(0)
-    along = out @ mean / (mean @ mean)
-    assert np.linalg.norm(out - along * mean) < 0.05 * np.linalg.norm(out)
-    # The stored scores are all -10000, their sum is of the scores before rounding: exp(E[s^2]/2) too large for a unit row.
-    assert 0.4 < along < 1.05
+def test_long_row_without_keys_has_scores_rounded_to_eights(library):
+    """Stored as fp16, 10000 lower, most scores become alike, and one above 4 stands far above them, as in the original."""
+    qkv, bias, keep = draw(np.random.default_rng(3), 1, 392, 2)
+    rows = [3, 77, 201, 300]
+    keep[0, rows] = False
+    out = LongRun(library, qkv, bias, keep, 2, 5).out[0, rows].reshape(4, 2, D).swapaxes(0, 1)
+    q, k, v = parts_of(qkv, bias, 2, D)[:, 0]
+    shifted = scores_of(q[:, rows], k, np.ones((1, 1), bool)) - 10000
+    assert (shifted.max(-1) > -9996).any(), "the draw must hold such a score"
+    # Maximum and sum are of the scores before they were rounded.
+    top = shifted.max(-1, keepdims=True)
+    weights = np.exp(shifted.astype(np.float16) - top) / np.exp(shifted - top).sum(-1, keepdims=True)
+    assert error(out, weights @ v) < 3e-3
 
 
 def test_long_path_ends_where_a_sequence_ends(library):
