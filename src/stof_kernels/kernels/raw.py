@@ -219,7 +219,7 @@ def build_layout(
 
     ``q_tile`` is 64 or 128; ``kv_chunk`` the most key tiles of a work item, 0 for no limit, -1 for one that lets ``copies``
     uses of every mask plane fill the device. Returns ptr, col, slot, bits (csrc/attention/cuda/problem.h says what they
-    hold) and plan, int64 (8,) on the CPU; plan[3] may be set to a shape (its place in ``instances.SHAPES`` plus one; 0 default).
+    hold) and plan, int64 (8,) on the CPU; plan[3] may be a shape (its place in ``instances.SHAPES`` plus one; 0 default).
     """
     _cuda_ready or load_cuda()
     return torch.ops.stof.build_layout.default(
