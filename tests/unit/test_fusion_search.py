@@ -248,6 +248,10 @@ def test_bad_settings_are_one_line():
         SearchSettings(samples=-1)
 
 
+def test_the_least_gain_there_is_takes_the_whole_reward():
+    assert reward({"a": 1.0}, {"a": 5e-324}, ["a"]) == {"a": 1.0}
+
+
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.floats(-5, 100), min_size=1),
     st.data(),

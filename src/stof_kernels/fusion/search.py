@@ -274,4 +274,4 @@ def reward(shares: dict[str, float], gains: dict[str, float], left: list[str]) -
         return {}
     total = sum(max(0.0, gains.get(key, 0.0)) for key in left)
     equal = 1.0 / len(left)
-    return {key: equal if not total else 0.5 * equal + 0.5 * max(0.0, gains.get(key, 0.0)) / total for key in left}
+    return {key: 0.5 * (equal + max(0.0, gains.get(key, 0.0)) / total) if total else equal for key in left}
