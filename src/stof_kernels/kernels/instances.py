@@ -7,6 +7,7 @@ dispatch in ``csrc/attention/cuda/dispatch.cpp``. The generated files are not in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Names in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h; plan[3] is the index plus one."""
@@ -82,6 +83,14 @@ class HopperTile:
     slots: int
     registers: int
 
+    defined_by: ClassVar[tuple[str, str]] = ("hopper_run.cuh", "STOF_HOPPER")
+    """Header and macro that define a launcher."""
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Of the macro, behind name and type."""
+        return self.dim, self.sets, self.share, self.slots, self.registers
+
     @property
     def q_tile(self) -> int:
         """Query rows of a work item."""
@@ -96,30 +105,6 @@ class HopperTile:
 
 
 @dataclass(frozen=True)
-class HopperInstance:
-    """One translation unit of the Hopper kernel. It takes no bias: where there is one, another shape runs."""
-
-    tile: HopperTile
-    dtype: str
-    biases: tuple[bool, ...] = (False,)
-
-    @property
-    def name(self) -> str:
-        """Stem of the source and of its function."""
-        return f"{self.tile.shape}_d{self.tile.dim}_{self.dtype}"
-
-    def function(self, bias: bool) -> str:
-        """Launcher; there is one."""
-        return self.name
-
-    def source(self) -> str:
-        """Text of the translation unit."""
-        t = self.tile
-        arguments = (self.name, _TYPES[self.dtype], t.dim, t.sets, t.share, t.slots, t.registers)
-        return f'#include "attention/cuda/hopper_run.cuh"\n\nSTOF_HOPPER({", ".join(map(str, arguments))})\n'
-
-
-@dataclass(frozen=True)
 class HopperSplitTile:
     """Template arguments of one instantiation of Hopper's kernel for short calls: ``groups`` warpgroups share an item, each has
     room for ``stages`` key tiles."""
@@ -128,7 +113,14 @@ class HopperSplitTile:
     dim: int
     groups: int
     stages: int
-    min_blocks: int
+
+    defined_by: ClassVar[tuple[str, str]] = ("hopper_split_run.cuh", "STOF_HOPPER_SPLIT")
+    """Header and macro that define a launcher."""
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Of the macro, behind name and type."""
+        return self.dim, self.groups, self.stages
 
     @property
     def q_tile(self) -> int:
@@ -145,10 +137,10 @@ class HopperSplitTile:
 
 
 @dataclass(frozen=True)
-class HopperSplitInstance:
-    """One translation unit of Hopper's kernel for short calls. It takes no bias."""
+class HopperInstance:
+    """One translation unit of a Hopper kernel. None takes a bias: where there is one, another shape runs."""
 
-    tile: HopperSplitTile
+    tile: HopperTile | HopperSplitTile
     dtype: str
     biases: tuple[bool, ...] = (False,)
 
@@ -163,11 +155,9 @@ class HopperSplitInstance:
 
     def source(self) -> str:
         """Text of the translation unit."""
-        t = self.tile
-        arguments = (self.name, _TYPES[self.dtype], t.dim, t.groups, t.stages, t.min_blocks)
-        return (
-            f'#include "attention/cuda/hopper_split_run.cuh"\n\nSTOF_HOPPER_SPLIT({", ".join(map(str, arguments))})\n'
-        )
+        header, macro = self.tile.defined_by
+        arguments = (self.name, _TYPES[self.dtype], *self.tile.arguments)
+        return f'#include "attention/cuda/{header}"\n\n{macro}({", ".join(map(str, arguments))})\n'
 
 
 _TILES = (
@@ -190,8 +180,8 @@ _HOPPER_TILES = (
     HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
 )
 _HOPPER_SPLIT_TILES = (
-    HopperSplitTile("hopper_split", 64, groups=2, stages=4, min_blocks=1),
-    HopperSplitTile("hopper_quad", 64, groups=4, stages=2, min_blocks=1),
+    HopperSplitTile("hopper_split", 64, groups=2, stages=4),
+    HopperSplitTile("hopper_quad", 64, groups=4, stages=2),
 )
 
 
@@ -202,9 +192,9 @@ def _for_target(tile: Tile, target: str) -> Tile:
     return replace(tile, keys=tile.keys // 2, stages=tile.stages + 1) if tile.shared_bytes > limit else tile
 
 
-def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperInstance | HopperSplitInstance, ...]:
+def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperInstance, ...]:
     """Translation units of ``target`` (sm_80, sm_89, sm_90a); ``main_only``: head dims 64 and 128 in fp16."""
-    found: list[Instance | HopperInstance | HopperSplitInstance] = []
+    found: list[Instance | HopperInstance] = []
     for tile in _TILES:
         for dtype in _TYPES:
             if main_only and (dtype != "fp16" or tile.dim not in (64, 128)):
@@ -213,12 +203,11 @@ def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperIn
             found.append(Instance(_for_target(tile, target), dtype, biases))
     if target == "sm_90a":
         dtypes = ("fp16",) if main_only else tuple(_TYPES)
-        found += [HopperInstance(tile, dtype) for tile in _HOPPER_TILES for dtype in dtypes]
-        found += [HopperSplitInstance(tile, dtype) for tile in _HOPPER_SPLIT_TILES for dtype in dtypes]
+        found += [HopperInstance(tile, dtype) for tile in (*_HOPPER_TILES, *_HOPPER_SPLIT_TILES) for dtype in dtypes]
     return tuple(found)
 
 
-def table_source(units: tuple[Instance | HopperInstance | HopperSplitInstance, ...]) -> str:
+def table_source(units: tuple[Instance | HopperInstance, ...]) -> str:
     """Text of the table of all launchers, compiled once per library."""
     entries = [(unit, bias) for unit in units for bias in unit.biases]
     lines = ['#include "attention/cuda/problem.h"', "", "namespace stof::cuda {", ""]

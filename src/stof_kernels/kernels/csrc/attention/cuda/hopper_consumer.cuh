@@ -59,7 +59,7 @@ class HopperConsumer {
       return;
     }
     barrier_wait(control.full(place.slot), place.parity);
-    first_tile(full_tiles == 0);
+    rows.first_tile(slot_at(place.slot), full_tiles == 0, words_at(place.slot));
     release(control.empty(place.slot));
     place.advance();
     bool ready = barrier_ended(control.full(place.slot), place.parity);
@@ -86,7 +86,7 @@ class HopperConsumer {
       } else {
         products_wait<0>();
         pin_registers(rows.o);
-        repeat_tile(tile >= full_tiles, keys);
+        rows.repeat_tile(slot_at(keys), tile >= full_tiles, words_at(keys));
       }
       release(control.empty(keys), control.empty(values));
     }
@@ -96,26 +96,6 @@ class HopperConsumer {
     pin_registers(rows.o);
     release(control.empty(place.slot));
     place.advance();
-  }
-
-  __device__ void first_tile(bool partial) {
-    Scores s;
-    rows.start_scores(s, slot_at(place.slot));
-    products_wait<0>();
-    pin_registers(s);
-    if (partial) rows.mask_scores(s, words_at(place.slot));
-    rows.exact_softmax(s);
-    rows.pack(s);
-  }
-
-  // A tile whose scores are far above those before. Its scores were overwritten, and are made again.
-  __device__ void repeat_tile(bool partial, int keys) {
-    Scores s;
-    rows.warp_scores(s, slot_at(keys));
-    if (partial) rows.mask_scores(s, words_at(keys));
-    rows.exact_softmax(s);
-    rows.pack(s);
-    rows.rescale_output();
   }
 };
 

@@ -140,6 +140,27 @@ class HopperRows {
     for (int i = 0; i < C::kDim / 2; ++i) o[i] *= factor[(i >> 1) & 1];
   }
 
+  // The first tile of a list, under whose softmax no product runs.
+  __device__ __forceinline__ void first_tile(uint32_t keys, bool partial, uint32_t words) {
+    Scores s;
+    start_scores(s, keys);
+    products_wait<0>();
+    pin_registers(s);
+    if (partial) mask_scores(s, words);
+    exact_softmax(s);
+    pack(s);
+  }
+
+  // A tile whose scores are far above those before: they were overwritten, and are made again, by each warp alone.
+  __device__ __forceinline__ void repeat_tile(uint32_t keys, bool partial, uint32_t words) {
+    Scores s;
+    warp_scores(s, keys);
+    if (partial) mask_scores(s, words);
+    exact_softmax(s);
+    pack(s);
+    rescale_output();
+  }
+
   // Probabilities to operands, once no running product reads the last ones: row, row + 8, then the same of the next 8 keys.
   __device__ void pack(const Scores& s) {
 #pragma unroll

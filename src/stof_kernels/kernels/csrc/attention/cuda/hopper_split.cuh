@@ -86,7 +86,8 @@ class HopperSplit {
     __syncthreads();
   }
 
-  // The first copies, all at once (a block without a tile copies nothing that it would not wait for), as soon as what earlier kernels wrote can be read.
+  // The first copies, all at once, as soon as what earlier kernels wrote can be read. A block without a tile copies nothing, for
+  // it would not wait for it.
   __device__ void start() {
     const Source first = source(0);
     const bool brings = lane == 0 && warp < 2, brings_queries = threadIdx.x == 64 && own > 0;
@@ -120,7 +121,7 @@ class HopperSplit {
     barrier_wait(query_full(), 0);
     rows.load_queries(memory + C::kQueriesAt);
     barrier_wait(full(0, 0), 0);
-    first_tile();
+    rows.first_tile(slot(0, 0), is_partial(0), words(0));
     release(0, 0);
 #pragma unroll 1
     for (int i = 1; i < own; ++i) {
@@ -141,7 +142,7 @@ class HopperSplit {
       } else {
         products_wait<0>();
         pin_registers(rows.o);
-        repeat_tile(i, partial);
+        rows.repeat_tile(slot(i, 0), partial, words(i));
       }
       release(i, 0);
       release(i - 1, 1);
@@ -278,27 +279,6 @@ class HopperSplit {
       }
     }
     __syncwarp();
-  }
-
-  __device__ void first_tile() {
-    const bool partial = is_partial(0);
-    Scores s;
-    rows.start_scores(s, slot(0, 0));
-    products_wait<0>();
-    pin_registers(s);
-    if (partial) rows.mask_scores(s, words(0));
-    rows.exact_softmax(s);
-    rows.pack(s);
-  }
-
-  // A tile whose scores, far above those before, were overwritten.
-  __device__ void repeat_tile(int i, bool partial) {
-    Scores s;
-    rows.warp_scores(s, slot(i, 0));
-    if (partial) rows.mask_scores(s, words(i));
-    rows.exact_softmax(s);
-    rows.pack(s);
-    rows.rescale_output();
   }
 
   // ---- merge ------------------------------------------------------------------------------------------------------------

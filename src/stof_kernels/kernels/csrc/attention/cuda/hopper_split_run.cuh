@@ -6,8 +6,8 @@
 
 namespace stof::cuda {
 
-template <class C, int kMinBlocks>
-__global__ void __launch_bounds__(C::kThreads, kMinBlocks)
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
     hopper_split_kernel(const __grid_constant__ Problem p, const __grid_constant__ BlockLayout layout,
                         const __grid_constant__ HopperMaps maps) {
   extern __shared__ unsigned char raw[];
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(C::kThreads, kMinBlocks)
   split.finish();
 }
 
-template <class C, int kMinBlocks>
+template <class C>
 cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {
   static std::atomic<uint64_t> prepared{0};  // devices whose shared-memory limit is raised
   HopperMaps maps;
@@ -37,7 +37,7 @@ cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& la
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  const auto kernel = hopper_split_kernel<C, kMinBlocks>;
+  const auto kernel = hopper_split_kernel<C>;
   error = allow_shared_memory(kernel, C::kSharedBytes, prepared, device);
   if (error != cudaSuccess) return error;
   const int64_t blocks = static_cast<int64_t>(layout.item_limit) * layout.copies;
@@ -48,9 +48,9 @@ cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& la
 }  // namespace stof::cuda
 
 // Defines one launcher; the translation units that instances.py generates consist of these.
-#define STOF_HOPPER_SPLIT(name, T, dim, groups, stages, min_blocks)                                                     \
-  namespace stof::cuda {                                                                                                \
-  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                            \
-    return launch_hopper_split_as<HopperSplitConfig<T, dim, groups, stages>, min_blocks>(problem, layout, stream);      \
-  }                                                                                                                     \
+#define STOF_HOPPER_SPLIT(name, T, dim, groups, stages)                                                \
+  namespace stof::cuda {                                                                               \
+  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {           \
+    return launch_hopper_split_as<HopperSplitConfig<T, dim, groups, stages>>(problem, layout, stream); \
+  }                                                                                                    \
   }
