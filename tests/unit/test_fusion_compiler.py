@@ -135,7 +135,7 @@ def test_what_waits_when_a_pool_ends_is_dropped(monkeypatch):
 
 def test_the_worker_starts_without_torch():
     code = (
-        "import sys, runpy; sys.argv = ['w']; import io; sys.stdin = io.StringIO('');"
+        "import sys, runpy; sys.argv = ['w', 'cache']; import io; sys.stdin = io.StringIO('');"
         f"runpy.run_path({compile_worker.__file__!r}, run_name='__main__'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)

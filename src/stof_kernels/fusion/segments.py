@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +22,8 @@ class Segment:
     """One run of operators. ``module(*inputs)`` is its reference: the captured operators, one by one.
 
     ``sources`` and ``results`` are nodes of the whole graph; the placeholders of ``module`` stand for the sources. Two segments
-    with one ``key`` are the same computation on different tensors: what was compiled for one runs the other.
+    with one ``key`` are the same computation on different tensors: what was compiled for one runs the other. ``programs`` is
+    what templates have read out of it, by their names.
     """
 
     module: fx.GraphModule
@@ -30,6 +32,7 @@ class Segment:
     results: tuple[fx.Node, ...]
     weights: tuple[bool, ...]
     key: str
+    programs: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from ..segments import Run, Segment
 
 Setting = tuple[tuple[str, int], ...]
 """A template's parameters by name, sorted; hashable, and one JSON object in the cache."""
+Program = TypeVar("Program")
 
 
 class Unsupported(Exception):
@@ -46,6 +47,25 @@ class Template(ABC):
     @abstractmethod
     def build(self, segment: Segment, setting: Setting) -> Run:
         """A callable that runs any segment of this key."""
+
+
+class TritonTemplate(Template, Generic[Program]):
+    """A template whose Triton kernels are generated from what it reads out of a segment: the segment's program."""
+
+    @abstractmethod
+    def analyse(self, segment: Segment) -> Program:
+        """What a kernel of this template has to compute. Raises `Unsupported` with the reason if it cannot."""
+
+    def program(self, segment: Segment) -> Program:
+        """The same, found once for a segment: its settings and all of its kernels start from it, none changes it."""
+        if self.name not in segment.programs:
+            segment.programs[self.name] = self.analyse(segment)
+        return segment.programs[self.name]
+
+    def check(self, segment: Segment) -> None:
+        """Raises `Unsupported` where Triton cannot run or the segment has no program."""
+        require_triton(segment)
+        self.program(segment)
 
 
 def setting(**values: int) -> Setting:

@@ -1,6 +1,7 @@
 """Compiles one generated Triton kernel, here or in a process of its own; imports nothing but Triton, so that it starts fast.
 
-As a script it answers one JSON task per line of its input with one JSON line: the kernel's name in Triton's cache, or an error.
+As a script, called with the folder of Triton's cache, it answers one JSON task per line of its input with one JSON line: the
+kernel's name in that cache, or an error.
 """
 
 from __future__ import annotations
@@ -64,9 +65,6 @@ def _found(source: Any, name: str) -> Any:
 
 
 def _prepare(task: dict[str, Any]) -> dict[str, str]:
-    import triton
-
-    triton.knobs.cache.dir = task.pop("cache")
     try:
         kernel = compiled(task)
     except Exception as error:
@@ -87,7 +85,8 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
-    import triton  # noqa: F401  (so that the first task does not wait for it)
+    import triton  # here, so that the first task does not wait for it
 
+    triton.knobs.cache.dir = sys.argv[1]
     for line in sys.stdin:
         print(json.dumps(_prepare(json.loads(line))), file=answers, flush=True)

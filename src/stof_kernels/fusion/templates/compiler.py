@@ -32,10 +32,10 @@ class CompilerPool:
         self._number = itertools.count()
         self._futures: dict[str, Future] = {}
         self._began: dict[Future, float] = {}
-        self._cache = _cache_dir() if count else ""
-        count = count if self._cache else 0
+        folder = _cache_dir() if count else ""
+        count = count if folder else 0
         self.lost = 0  # tasks that no process could answer
-        self._workers = [worker for worker in (_start() for _ in range(count)) if worker is not None]
+        self._workers = [worker for worker in (_start(folder) for _ in range(count)) if worker is not None]
         self.threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
         for thread in self.threads:
             thread.start()
@@ -70,7 +70,7 @@ class CompilerPool:
                 break
             self._began[future] = time.perf_counter()
             try:
-                worker.stdin.write(json.dumps({**json.loads(text), "cache": self._cache}) + "\n")
+                worker.stdin.write(text + "\n")
                 worker.stdin.flush()
                 answer = json.loads(worker.stdout.readline())
             except (OSError, ValueError):
@@ -115,10 +115,11 @@ def _cache_dir() -> str:
     return str(triton.knobs.cache.dir)
 
 
-def _start() -> subprocess.Popen | None:
+def _start(folder: str) -> subprocess.Popen | None:
+    """A process that compiles into this folder."""
     try:
         return subprocess.Popen(
-            [sys.executable, compile_worker.__file__],
+            [sys.executable, compile_worker.__file__, folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

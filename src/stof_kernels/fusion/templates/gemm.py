@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..graph import Kind
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton, setting
+from .base import Setting, TritonTemplate, Unsupported, setting
 from .gemm_source import Product, gemm_launch, product_of
 from .rows import RowProgram, base_of, through_views
 from .rowwise import empty_outputs
@@ -43,18 +43,13 @@ class GemmProgram:
         return len(self.products) // self.sides
 
 
-class Gemm(Template):
+class Gemm(TritonTemplate[GemmProgram]):
     """One to three linear layers of one input, then elementwise operators and norms on their results."""
 
     name: ClassVar[str] = "gemm"
 
-    def check(self, segment: Segment) -> None:
+    def analyse(self, segment: Segment) -> GemmProgram:
         """Raises `Unsupported` unless the segment is one linear operator followed by memory-intensive ones."""
-        require_triton(segment)
-        self.program(segment)
-
-    def program(self, segment: Segment) -> GemmProgram:
-        """The segment as products and a row program."""
         program = gemm_program(segment)
         if program.rows.reduces and power_of_two(program.rows.columns) > _MOST_WIDE:
             columns = program.rows.columns

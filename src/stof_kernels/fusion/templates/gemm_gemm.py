@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..graph import Kind
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton, setting
+from .base import Setting, TritonTemplate, Unsupported, setting
 from .gemm import common_input, lead_of, require_contiguous, start
 from .gemm_source import Product, exact, product_of
 from .library import Launch
@@ -69,18 +69,13 @@ class ChainProgram:
     after: RowProgram
 
 
-class GemmGemm(Template):
+class GemmGemm(TritonTemplate[ChainProgram]):
     """Linear (one, or a gate and what it gates), elementwise operators, linear, and what follows."""
 
     name: ClassVar[str] = "gemm_gemm"
 
-    def check(self, segment: Segment) -> None:
-        """Raises `Unsupported` unless the segment is linear, elementwise operators, linear, memory-intensive operators."""
-        require_triton(segment)
-        self.program(segment)
-
-    def program(self, segment: Segment) -> ChainProgram:
-        """The segment as two products with row programs."""
+    def analyse(self, segment: Segment) -> ChainProgram:
+        """Raises `Unsupported` unless it is linear, elementwise operators, linear, memory-intensive operators."""
         if (
             segment.kinds.count(Kind.COMPUTE) != 2
             or segment.kinds[0] is not Kind.COMPUTE

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton, setting
+from .base import Setting, TritonTemplate, Unsupported, setting
 from .gemm import GemmProgram, gemm_program
 from .gemm_source import GROUP, tile_order
 from .library import Launch, Map, arch_of
@@ -44,18 +44,13 @@ def kernel(x_map, {pointers}, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexp
 """
 
 
-class GemmMaps(Template):
+class GemmMaps(TritonTemplate[GemmProgram]):
     """One linear layer, or a gate and what it gates, and elementwise operators on the result."""
 
     name: ClassVar[str] = "gemm_maps"
 
-    def check(self, segment: Segment) -> None:
+    def analyse(self, segment: Segment) -> GemmProgram:
         """Raises `Unsupported` for few rows, other types than half precision, norms, and cards before Hopper."""
-        require_triton(segment)
-        self.program(segment)
-
-    def program(self, segment: Segment) -> GemmProgram:
-        """The segment as products and a row program."""
         program = gemm_program(segment)
         rows, value = program.rows, program.x.meta["val"]
         if segment.device.type == "cuda" and arch_of(segment.device) < _ARCH:

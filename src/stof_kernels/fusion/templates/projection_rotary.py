@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ..graph import Kind
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton
+from .base import Setting, TritonTemplate, Unsupported
 from .gemm import common_input
 from .gemm_source import GROUP, Product, exact, fetch_lines, of_side, product_of, tile_order
 from .library import Launch
@@ -95,18 +95,13 @@ class ProjectionProgram:
         return next(iter(self.rotations.values()))
 
 
-class ProjectionRotary(Template):
+class ProjectionRotary(TritonTemplate[ProjectionProgram]):
     """Two or three linear layers of one input and rotations of some of their results."""
 
     name: ClassVar[str] = "projection_rotary"
 
-    def check(self, segment: Segment) -> None:
+    def analyse(self, segment: Segment) -> ProjectionProgram:
         """Raises `Unsupported` unless it is a linear operator with several products and rotary embeddings of them."""
-        require_triton(segment)
-        self.program(segment)
-
-    def program(self, segment: Segment) -> ProjectionProgram:
-        """The segment's products and rotations."""
         names = [op.name for op in segment.ops]
         if segment.kinds[0] is not Kind.COMPUTE or len(names) < 2 or set(names[1:]) != {"rope"}:
             raise Unsupported("one linear operator and rotary embeddings after it, this segment differs")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton, setting
+from .base import Setting, TritonTemplate, Unsupported, setting
 from .library import Launch
 from .rowwise import indent
 from .tiles import power_of_two
@@ -56,18 +56,13 @@ class Rotation:
     result: fx.Node
 
 
-class Rotary(Template):
+class Rotary(TritonTemplate[list[Rotation]]):
     """Rotations of (B, H, L, D) tensors by tables that broadcast over heads."""
 
     name: ClassVar[str] = "rotary"
 
-    def check(self, segment: Segment) -> None:
-        """Raises `Unsupported` unless every operator is a rotation whose channels lie side by side."""
-        require_triton(segment)
-        self.rotations(segment)
-
-    def rotations(self, segment: Segment) -> list[Rotation]:
-        """The rotations of a segment."""
+    def analyse(self, segment: Segment) -> list[Rotation]:
+        """Its rotations. Raises `Unsupported` unless every operator is one, of channels that lie side by side."""
         if any(op.name != "rope" for op in segment.ops):
             raise Unsupported("only rotary embeddings, this segment has other operators")
         found = [rotation_of(node) for node in segment.computing if node.target is aten.cat.default]
@@ -93,7 +88,7 @@ class Rotary(Template):
     def build(self, segment: Segment, setting: Setting) -> Run:
         """One launch per rotated tensor."""
         values, places, outputs = dict(setting), segment.placeholders, segment.outputs
-        rotations = {r.result: r for r in self.rotations(segment)}
+        rotations = {r.result: r for r in self.program(segment)}
         groups: dict[tuple, list[Rotation]] = {}
         for r in rotations.values():
             groups.setdefault((tuple(r.x.meta["val"].shape), r.cos, r.sin), []).append(r)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..graph import Kind
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton, setting
+from .base import Setting, TritonTemplate, Unsupported, setting
 from .library import Launch
 from .rows import RowProgram, base_of, describe
 from .tiles import power_of_two
@@ -36,18 +36,13 @@ def kernel({pointers}, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OVER
 """
 
 
-class Rowwise(Template):
+class Rowwise(TritonTemplate[RowProgram]):
     """Memory-intensive operators of one shape: residual + LayerNorm or RMSNorm, activations, gates, chains of them."""
 
     name: ClassVar[str] = "rowwise"
 
-    def check(self, segment: Segment) -> None:
+    def analyse(self, segment: Segment) -> RowProgram:
         """Raises `Unsupported` for other operators than memory-intensive ones with a row-wise form."""
-        require_triton(segment)
-        self.program(segment)
-
-    def program(self, segment: Segment) -> RowProgram:
-        """The segment as a row program."""
         if any(kind is not Kind.MEMORY for kind in segment.kinds):
             raise Unsupported("only memory-intensive operators, this segment has others")
         value = base_of(segment.outputs[-1]).meta["val"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..segments import Run, Segment
-from .base import Setting, Template, Unsupported, require_triton, setting
+from .base import Setting, TritonTemplate, Unsupported, setting
 from .gemm import GemmProgram, gemm_program
 from .gemm_source import gemm_launch
 from .rowwise import empty_outputs, row_launch, row_settings
@@ -21,18 +21,13 @@ from .tiles import candidates, device_of
 _MOST_ROWS = 1024
 
 
-class SplitGemm(Template):
+class SplitGemm(TritonTemplate[GemmProgram]):
     """One linear layer and the memory-intensive operators after it, for few rows."""
 
     name: ClassVar[str] = "split_gemm"
 
-    def check(self, segment: Segment) -> None:
+    def analyse(self, segment: Segment) -> GemmProgram:
         """Raises `Unsupported` unless it is a linear operator of few rows with memory-intensive ones after it."""
-        require_triton(segment)
-        self.program(segment)
-
-    def program(self, segment: Segment) -> GemmProgram:
-        """The segment as products and a row program."""
         program = gemm_program(segment)
         if program.rows.rows > _MOST_ROWS or program.depth < 128:
             raise Unsupported(
