@@ -10,6 +10,7 @@ from .registry import ModelReady, Subject, model_method, run_variant
 registry.discover(kinds=False)
 _ATTENTION = registry.find("stof")
 _ATTENTION_CODE = {"depends": _ATTENTION.depends, "on_device": _ATTENTION.on_device}
+_FUSION_CODE = {"depends": ("fusion",), "tuned": True}
 _ALL_CODE = {**_ATTENTION_CODE, "depends": (*_ATTENTION.depends, "fusion"), "tuned": True}
 
 
@@ -25,7 +26,7 @@ def stof_mha_only(subject: Subject) -> ModelReady:
     return run_variant(subject, "stof_mha_only")
 
 
-@model_method("stof_fusion_only", experiments=("ablation",), label="STOF, fusion only", rank=2, **_ALL_CODE)
+@model_method("stof_fusion_only", experiments=("ablation",), label="STOF, fusion only", rank=2, **_FUSION_CODE)
 def stof_fusion_only(subject: Subject) -> ModelReady:
     """``stof.optimize`` of the model with unfused attention."""
     return _replayed(run_variant(subject, "stof_fusion_only"), subject)
