@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusion_modules import Fn, Norm, rotate, tanh_gelu
-from stof_kernels.fusion import FallbackWarning, graph, optimize, segments
+from stof_kernels.fusion import FallbackWarning, finals, graph, optimize, segments
+from stof_kernels.fusion.assemble import assemble
 from stof_kernels.fusion.capture import capture
+from stof_kernels.fusion.plan import BlockPlan, Choice, FusionPlan
 from stof_kernels.fusion.replay import Replay
 from stof_kernels.fusion.templates import TEMPLATES
 
@@ -416,3 +418,31 @@ def test_the_compile_backend_on_the_device():
     want = variants.reference(case)
     for _ in range(2):
         assert error(hidden(fast, given), want) <= max(5e-3, 1.25 * error(hidden(model, given), want))
+
+
+def test_near_choices_are_compared_inside_the_program():
+    """A way that takes four times as long is not taken, and one that takes a quarter is."""
+    torch.manual_seed(5)
+    module = Fn(lambda m, x, y: m.n(x + y), n=nn.LayerNorm(1024)).cuda().half().eval().requires_grad_(False)
+    inputs = [torch.randn(4096, 1024, device="cuda", dtype=torch.float16) for _ in range(2)]
+    whole = graph.build(capture(module, tuple(inputs)))
+    segment = segments.cut(whole, [0, 1])
+    setting = TEMPLATES["rowwise"].settings(segment)[0]
+    fast = TEMPLATES["rowwise"].build(segment, setting)
+
+    def slow(*given):
+        return [fast(*given) for _ in range(4)][-1]
+
+    plan = FusionPlan([BlockPlan(0, 2, 1, 0, (Choice("rowwise", setting, 1.0),))])
+    built = {(segment.key, "rowwise", setting): fast, (segment.key, "slow", ()): slow}
+    with torch.no_grad():
+        program = assemble(whole, plan, built)
+        judge = finals.ReplayJudge(program, inputs)
+        program.exchange(segment.key, slow)
+        assert not judge.faster()
+        judge.close()
+        judge = finals.ReplayJudge(program, inputs)
+        program.exchange(segment.key, fast)
+        assert judge.faster()
+        judge.close()
+        assert torch.allclose(program(*inputs)[0], module(*inputs), atol=1e-2)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,21 @@ Built = dict[tuple[str, str, Setting], Run]
 class Program:
     """``function(*inputs, *weights, *constants)``; weights are the model's own tensors, constants computed from them.
 
-    Constants are computed again when one of the weights behind them has been written to.
+    Constants are computed again when one of the weights behind them has been written to. ``calls`` are the names of the
+    function's modules by the key of the segment that they run, ``places`` the segment's blocks and positions in the plan.
     """
 
     function: fx.GraphModule
     weights: list[Tensor]
     constants: Constants
+    calls: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def exchange(self, key: str, run: Run) -> Run:
+        """Run a segment another way from now on, wherever it stands; returns the way before. KeyError for an unknown key."""
+        before = getattr(self.function, self.calls[key]).run
+        setattr(self.function, self.calls[key], Fused(run))
+        return before
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The captured graph's outputs for new values of its inputs."""
@@ -118,8 +127,12 @@ def _behind(nodes: list[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def assemble(graph: OpGraph, plan: FusionPlan, built: Built | None = None) -> Program:
+def assemble(
+    graph: OpGraph, plan: FusionPlan, built: Built | None = None, apart: Collection[str] = frozenset()
+) -> Program:
     """The callable of a plan. What a search has built already is taken as it is, anything else is built now.
+
+    Eager segments are in line, but for those whose keys are in ``apart``: these can be exchanged as well.
 
     Raises what a template raises where it cannot build a segment.
     """
@@ -137,15 +150,18 @@ def assemble(graph: OpGraph, plan: FusionPlan, built: Built | None = None) -> Pr
     for node in (*weights, *needed):
         env[node] = new.placeholder(f"w_{node.name}")
     names: dict[tuple[str, str, Setting], str] = {}
-    for block in plan.blocks:
+    keys: dict[tuple[int, int], set[str]] = {}
+    for number, block in enumerate(plan.blocks):
         for layer in range(block.count):
             first = block.start + layer * block.period
-            for part, choice in zip(block.scheme.segments, block.choices, strict=True):
+            for at, (part, choice) in enumerate(zip(block.scheme.segments, block.choices, strict=True)):
                 indices = range(first + part.start, first + part.stop)
-                if choice.template == "eager":
+                segment = cut(graph, indices) if apart or choice.template != "eager" else None
+                if segment is None or (choice.template == "eager" and segment.key not in apart):
                     _copy(graph, new, env, indices)
                 else:
-                    _call(cut(graph, indices), choice, new, env, module, names, built or {})
+                    _call(segment, choice, new, env, module, names, built or {})
+                    keys.setdefault((number, at), set()).add(segment.key)
     outputs = fx.map_arg(old.output_node().args[0], lambda n: _fresh(new, env, n, constant_set))
     new.output(outputs)
     new.lint()
@@ -153,7 +169,18 @@ def assemble(graph: OpGraph, plan: FusionPlan, built: Built | None = None) -> Pr
         fx.GraphModule(module, new),
         [attribute(graph.graph_module, n.target) for n in weights],
         Constants(graph, needed),
+        {key: name for (key, _, _), name in names.items()},
+        _places(keys),
     )
+
+
+def _places(keys: dict[tuple[int, int], set[str]]) -> dict[str, list[tuple[int, int]]]:
+    """Where each segment stands in a plan, of those that are the same one in all layers wherever they stand."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for place, own in keys.items():
+        for key in own:
+            found.setdefault(key, []).append(place)
+    return {key: places for key, places in found.items() if all(keys[place] == {key} for place in places)}
 
 
 def _copy(graph: OpGraph, new: fx.Graph, env: dict[fx.Node, fx.Node], indices: range) -> None:
@@ -189,7 +216,8 @@ class Fused(torch.nn.Module):
     def __init__(self, run: Run):
         super().__init__()
         self.run = run
-        self.forward = run  # called without a frame in between
+        # Called without a frame in between; an attribute that is a module would be a child instead.
+        self.forward = run.forward if isinstance(run, torch.nn.Module) else run
 
 
 def _fresh(new: fx.Graph, env: dict[fx.Node, fx.Node], node: fx.Node, constants: set[fx.Node]) -> fx.Node:

@@ -297,7 +297,7 @@ def _dense(t: Tensor) -> bool:
 
 @dataclass
 class Space:
-    """Candidates of one segment in a fixed random order, and the best one measured so far.
+    """Candidates of one segment in a fixed random order, those measured so far that run, and the best of them.
 
     ``late`` are those that the search admits one segment at a time, where it is worth their time. ``covered``: some template
     beside eager and Inductor could run the segment.
@@ -308,6 +308,7 @@ class Space:
     best: Choice | None = None
     late: list[tuple[str, Setting]] = field(default_factory=list)
     covered: bool = True
+    measured: list[Choice] = field(default_factory=list)
 
     @classmethod
     def of(cls, segment: Segment, seed: int, allowed: Callable[[str], bool]) -> Space:
@@ -342,6 +343,9 @@ class Space:
             cost = meter.cost(self.segment, template, setting)  # may run out of time: then it is still waiting
             self.waiting.pop(0)
             tried += 1
+            choice = Choice(template, setting, cost)
+            if math.isfinite(cost):
+                self.measured.append(choice)
             if self.best is None or cost < self.best.cost_us:
-                self.best = Choice(template, setting, cost)
+                self.best = choice
         return tried

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import blocks, cache
+from . import blocks, cache, finals
 from .assemble import Built, Program, assemble
 from .capture import Captured, CaptureError, capture, capture_graph
 from .costs import Clock, DeviceMeter, time_us
@@ -212,12 +212,13 @@ def tune(
     plan = cache.load(depends) if use_cache else None
     if plan is not None and not _covers(graph, plan):
         plan = None
-    fresh, built = plan is None, {}
+    fresh, built, near = plan is None, {}, {}
     if fresh:
-        plan, built = search(graph, flat, settings, clock, progress, pool)
+        plan, built, near = search(graph, flat, settings, clock, progress, pool)
     program = None
     if plan.use == "plan":
-        program, plan = _accept(graph, plan, built, flat, reference if fresh else None, progress)
+        deadline = time.perf_counter() + min(finals.MOST_S, clock.budget - clock.elapsed)
+        program, plan = _accept(graph, plan, built, flat, reference if fresh else None, progress, near, deadline)
     if fresh and use_cache:
         cache.store(depends, plan)
     return program, plan
@@ -230,8 +231,11 @@ def search(
     clock: Clock,
     progress: Progress = lambda line: None,
     pool: CompilerPool | None = None,
-) -> tuple[FusionPlan, Built]:
-    """A new search over a graph, with costs measured on the tensors that these inputs lead to, and what it built."""
+) -> tuple[FusionPlan, Built, finals.Finalists]:
+    """A new search over a graph, with costs measured on the tensors that these inputs lead to, and what it built.
+
+    Last the choices that cost nearly the same as the plan's, for a comparison inside the whole model.
+    """
     parts = blocks.split(graph)
     with contextlib.ExitStack() as stack:
         if pool is None and _on_cuda(flat):
@@ -239,13 +243,14 @@ def search(
         values = record(graph, parts, flat)
         meter = DeviceMeter(graph, values, clock, pool)
         try:
-            plan = Search(graph, parts, settings, meter, clock, progress).run()
+            found = Search(graph, parts, settings, meter, clock, progress)
+            plan = found.run()
         finally:
             meter.close()
     plan.counts["refused"] = len(meter.refused)
     for what, why in meter.refused.items():
         progress(f"refused: {what}: {why}")
-    return plan, meter.built
+    return plan, meter.built, {key: finals.finalists(space) for key, space in found.spaces.items() if space.measured}
 
 
 def _on_cuda(inputs: Any) -> bool:
@@ -292,11 +297,20 @@ def _accept(
     flat: list[Tensor],
     reference: Callable[[], Any] | None,
     progress: Progress,
+    near: finals.Finalists,
+    deadline: float,
 ) -> tuple[Program | Replay | None, FusionPlan]:
-    """The plan's program if it is right and not slower than the model, else the reason in the plan."""
+    """The plan's program if it is right and not slower than the model, else the reason in the plan.
+
+    On CUDA choices ``near`` the plan's are compared in the program first, until ``deadline``.
+    """
     eager = assemble(graph, eager_plan(graph))
+    device = next((t.device for t in flat if t.device.type == "cuda"), flat[0].device if flat else torch.device("cpu"))
     try:
-        program = assemble(graph, plan, built)
+        compare = device.type == "cuda" and time.perf_counter() < deadline
+        program = assemble(graph, plan, built, {key for key in near if len(near[key]) > 1} if compare else ())
+        if near and compare:
+            plan = finals.compared(plan, program, near, built, flat, deadline, progress)
         wrong = _difference(program(*flat), eager(*flat))
     except Exception as error:
         # A cached plan may name a compiler that is gone, or memory may not suffice: the eager operators always run.
@@ -305,7 +319,6 @@ def _accept(
     if wrong is not None:
         plan.use, plan.why = "model", wrong
         return None, plan
-    device = next((t.device for t in flat if t.device.type == "cuda"), flat[0].device if flat else torch.device("cpu"))
     if device.type == "cuda":
         program = _replayed(graph, program, device, flat, progress)
     if reference is not None:
