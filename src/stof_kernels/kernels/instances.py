@@ -129,11 +129,11 @@ class HopperSplitTile:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: each warpgroup's tiles and bitmaps, queries, what warpgroups hand to each other."""
-        tile, pieces = 64 * -(-self.dim // 64) * 128, self.dim // 16
+        """Shared memory of a block: each warpgroup's tiles and bitmaps, queries, what the warpgroups have in the end."""
+        dim = -(-self.dim // 64) * 64
+        tile, result = 64 * dim * 2, 64 * (dim * 4 + 32) + 64 * 8
         one = self.stages * (2 * tile + 512 + 32) + 64 * 16 + 8
-        handed = -(-pieces // self.groups) * (self.groups - 1) * 4096 + 2048
-        return self.groups * (-(-one // 1024) * 1024 + handed) + tile + 64 + 1024
+        return self.groups * (-(-one // 1024) * 1024 + result) + tile + 64 + 1024
 
 
 @dataclass(frozen=True)

@@ -29,21 +29,20 @@ struct HopperSplitConfig {
   static constexpr int kTileBytes = kBlocks * kBlockBytes;  // queries, keys or values
   static constexpr int kWordBytes = kRows * 8;              // bitmap of one tile
   static constexpr int kColumns = 64;                       // of a warpgroup's tiles: their runs wait in shared memory
-  // Results are merged in pieces of 32 dims of one of the two rows of each thread.
-  static constexpr int kPieces = kDim / 16;
-  static constexpr int kMostPieces = (kPieces + kGroups - 1) / kGroups;  // that a warpgroup joins and writes
-  static constexpr int kPieceBytes = 8 * 128 * 4;
-  static constexpr int kStatBytes = 128 * 16;
+  // Results are joined row by row, as floats in shared memory; rows lie so that accumulators are stored without bank conflicts.
+  static constexpr int kResultRowBytes = kDim * 4 + 32;
+  static constexpr int kResultBytes = kRows * kResultRowBytes;  // of a warpgroup
+  static constexpr int kStatBytes = kRows * 8;                  // maximum and sum of its rows
 
   // A warpgroup's shared memory: its slots first, keys and values of a stage side by side.
   static constexpr int kWordsAt = kStages * 2 * kTileBytes;
   static constexpr int kColumnsAt = kWordsAt + kStages * kWordBytes;
   static constexpr int kBarriersAt = kColumnsAt + kColumns * 16;
   static constexpr int kGroupBytes = (kBarriersAt + kStages * 4 * 8 + 8 + 1023) / 1024 * 1024;
-  // A block's: its warpgroups', queries, what the item's warpgroups hand over to them, the item.
+  // A block's: its warpgroups', queries, what the warpgroups have in the end, the item.
   static constexpr int kQueriesAt = kGroups * kGroupBytes;
-  static constexpr int kPiecesAt = kQueriesAt + kTileBytes;
-  static constexpr int kStatsAt = kPiecesAt + kGroups * kMostPieces * (kGroups - 1) * kPieceBytes;
+  static constexpr int kResultsAt = kQueriesAt + kTileBytes;
+  static constexpr int kStatsAt = kResultsAt + kGroups * kResultBytes;
   static constexpr int kItemAt = kStatsAt + kGroups * kStatBytes;
   static constexpr int kSharedBytes = kItemAt + 64 + 1024;  // the last to align the first
   static_assert(kSharedBytes <= 227 * 1024, "shared memory");
@@ -134,16 +133,12 @@ class HopperSplit {
       products_wait<1>();
       pin_registers(s);
       if (partial) rows.mask_scores(s, words(i));
-      if (rows.softmax(s)) {
-        pin_registers(s);
-        products_wait<0>();
-        pin_registers(rows.o);
-        rows.pack(s);
-      } else {
-        products_wait<0>();
-        pin_registers(rows.o);
-        rows.repeat_tile(slot(i, 0), partial, words(i));
-      }
+      const bool fits = rows.softmax(s);
+      pin_registers(s);
+      products_wait<0>();  // where no warp has parted from the others
+      pin_registers(rows.o);
+      if (fits) rows.pack(s);
+      else rows.repeat_tile(slot(i, 0), partial, words(i));
       release(i, 0);
       release(i - 1, 1);
     }
@@ -154,14 +149,20 @@ class HopperSplit {
     pin_registers(rows.o);
   }
 
-  // Joins what the warpgroups have and writes it: each joins and writes its pieces.
+  // Joins what the warpgroups have, in their order, and writes it. All threads share the rows evenly, whoever had tiles: one path for
+  // all is shorter than handing each what it needs.
   __device__ void finish() {
     int tiles;
     asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(tiles) : "r"(tiles_at()) : "memory");
-    if (tiles > 1) {
-      merge(tiles);
-    } else if (own_group() == 0) {
-      write(get_shared(item_at()), get_shared(item_at() + 16), HopperAllPieces{});
+    const int active = min(max(tiles, 1), C::kGroups), mine = own_group();
+    if (mine < active) hand_over(mine);
+    __syncthreads();
+    const int4 place = get_shared(item_at()), more = get_shared(item_at() + 16);
+    constexpr int kChunks = C::kDim / 8;  // of 8 dims, one a thread
+#pragma unroll
+    for (int first = 0; first < C::kRows * kChunks; first += C::kThreads) {
+      const int unit = first + static_cast<int>(threadIdx.x);
+      join(unit / kChunks, unit % kChunks, active, place, more);
     }
   }
 
@@ -281,106 +282,91 @@ class HopperSplit {
     __syncwarp();
   }
 
-  // ---- merge ------------------------------------------------------------------------------------------------------------
+  // ---- results ----------------------------------------------------------------------------------------------------------
 
-  // A piece: 32 dims from chunk c on of row r of each thread, 8 of its accumulators.
-  static constexpr __device__ int piece_of(int r, int c) { return c / 2 + r; }
-  static constexpr __device__ int element(int piece, int e) { return (piece / 2 * 4 + e / 2) * 4 + (piece & 1) * 2 + (e & 1); }
-
-  // Those that had no tile join and write, too.
-  __device__ void merge(int tiles) {
-    const int mine = own_group(), active = min(tiles, C::kGroups);
-    const int4 place = get_shared(item_at()), more = get_shared(item_at() + 16);
-    if (mine < active) hand_over(mine);
-    __syncthreads();
-    join(mine, active);
-    write(place, more, [mine](int r, int c) { return piece_of(r, c) % C::kGroups == mine; });
+  __device__ uint32_t result_at(int from, int row) const {
+    return memory + C::kResultsAt + from * C::kResultBytes + row * C::kResultRowBytes;
   }
-
-  // Where warpgroup `from` leaves a piece, and the statistics of row r, for the one that joins the piece.
-  __device__ uint32_t piece_at(int from, int piece) const {
-    const int to = piece % C::kGroups, place = to * C::kMostPieces + piece / C::kGroups;
-    const int sender = from - (from > to);
-    return memory + C::kPiecesAt + (place * (C::kGroups - 1) + sender) * C::kPieceBytes + (warp * 32 + lane) * 16;
-  }
-  __device__ uint32_t stat_at(int from, int r) const {
-    return memory + C::kStatsAt + from * C::kStatBytes + (r * 128 + warp * 32 + lane) * 8;
-  }
+  __device__ uint32_t stat_at(int from, int row) const { return memory + C::kStatsAt + from * C::kStatBytes + row * 8; }
 
   __device__ void hand_over(int mine) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(stat_at(mine, r)), "f"(rows.shift[r]), "f"(rows.row_sum[r])
-                   : "memory");
+    for (int r = 0; r < 2; ++r) {
+      const int row = warp * 16 + r * 8 + (lane >> 2);
+      const uint32_t to = result_at(mine, row) + (lane & 3) * 8;
 #pragma unroll
-    for (int piece = 0; piece < C::kPieces; ++piece) {
-      if (piece % C::kGroups == mine) continue;
-#pragma unroll
-      for (int e = 0; e < 8; e += 4) {
-        const float(&o)[C::kDim / 2] = rows.o;
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(piece_at(mine, piece) + e / 4 * 2048),
-                     "f"(o[element(piece, e)]), "f"(o[element(piece, e + 1)]), "f"(o[element(piece, e + 2)]),
-                     "f"(o[element(piece, e + 3)])
-                     : "memory");
-      }
+      for (int n = 0; n < C::kDim / 8; ++n) put_pair(to + n * 32, rows.o[n * 4 + r * 2], rows.o[n * 4 + r * 2 + 1]);
+      if ((lane & 3) == 0) put_pair(stat_at(mine, row), rows.shift[r], rows.row_sum[r]);
     }
   }
 
-  // The sums of all active warpgroups, in their order, in the place of this one's; of its own pieces.
-  __device__ void join(int mine, int active) {
-    float weight[2][C::kGroups];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) join_statistics(r, active, weight[r]);
-#pragma unroll
-    for (int piece = 0; piece < C::kPieces; ++piece) {
-      if (piece % C::kGroups != mine) continue;
-      float sums[8] = {};
-#pragma unroll
-      for (int g = 0; g < C::kGroups; ++g) {
-        if (g >= active) continue;
-        float other[8];
-        if (g == mine) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) other[e] = rows.o[element(piece, e)];
-        } else {
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-                         : "=f"(other[h * 4]), "=f"(other[h * 4 + 1]), "=f"(other[h * 4 + 2]), "=f"(other[h * 4 + 3])
-                         : "r"(piece_at(g, piece) + h * 2048)
-                         : "memory");
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sums[e] = fmaf(other[e], weight[piece & 1][g], sums[e]);
-      }
-#pragma unroll
-      for (int e = 0; e < 8; ++e) rows.o[element(piece, e)] = sums[e];
-    }
+  static __device__ void put_pair(uint32_t address, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(a), "f"(b) : "memory");
+  }
+  static __device__ float2 get_pair(uint32_t address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+    return x;
   }
 
-  // Maximum and sum of row r over all active warpgroups; what the sums of each are to be multiplied by.
-  __device__ void join_statistics(int r, int active, float (&weight)[C::kGroups]) {
-    float sum[C::kGroups], top = -INFINITY, total = 0.f;
+  static __device__ float4 get_quad(uint32_t address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+    return x;
+  }
+
+  // One chunk of a row: the sums of the active warpgroups relative to their largest maximum.
+  __device__ void join(int row, int chunk, int active, const int4& place, const int4& more) const {
+    const int turned = chunk >> 2 & 1;  // half of the threads read the second half first: no bank conflicts
+    float2 stat[C::kGroups];
+    float top = -INFINITY, sum = 0.f, o[8] = {};
 #pragma unroll
     for (int g = 0; g < C::kGroups; ++g) {
-      weight[g] = -INFINITY, sum[g] = 0.f;
-      if (g < active)
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(weight[g]), "=f"(sum[g]) : "r"(stat_at(g, r)) : "memory");
-      top = fmaxf(top, weight[g]);
+      stat[g] = make_float2(-INFINITY, 0.f);
+      if (g < active) stat[g] = get_pair(stat_at(g, row));
+      top = fmaxf(top, stat[g].x);
     }
     const float offset = top == -INFINITY ? 0.f : top;
 #pragma unroll
     for (int g = 0; g < C::kGroups; ++g) {
-      weight[g] = exp2_fast(weight[g] - offset);
-      total = fmaf(sum[g], weight[g], total);
+      if (g >= active) break;
+      const float weight = exp2_fast(stat[g].x - offset);
+      sum = fmaf(stat[g].y, weight, sum);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float4 part = get_quad(result_at(g, row) + chunk * 32 + (h ^ turned) * 16);
+        o[h * 4] = fmaf(part.x, weight, o[h * 4]), o[h * 4 + 1] = fmaf(part.y, weight, o[h * 4 + 1]);
+        o[h * 4 + 2] = fmaf(part.z, weight, o[h * 4 + 2]), o[h * 4 + 3] = fmaf(part.w, weight, o[h * 4 + 3]);
+      }
     }
-    rows.shift[r] = top, rows.row_sum[r] = total;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float low = turned ? o[e + 4] : o[e], high = turned ? o[e] : o[e + 4];
+      o[e] = low, o[e + 4] = high;
+    }
+    if (more.z < 0) write_output(row, chunk, top, sum, o, place);
+    else write_part(row, chunk, top, sum, o, more);
   }
 
-  template <class Mine>
-  __device__ void write(const int4& place, const int4& more, Mine mine) const {
-    if (more.z < 0) rows.write_output({place.y, place.z, place.w}, place.x, mine);
-    else rows.write_part(layout, more.z, more.w, mine);
+  __device__ void write_output(int tile_row, int chunk, float top, float sum, const float (&o)[8], const int4& place) const {
+    const int row = place.x + tile_row;
+    if (row >= p.q_len || chunk * 8 >= p.head_dim) return;
+    const float scale = sum == 0.f ? 0.f : reciprocal_fast(sum);
+    T* out = static_cast<T*>(p.out) + place.y * p.out_stride.batch + place.z * p.out_stride.head;
+    *reinterpret_cast<uint4*>(out + row * p.out_stride.row + chunk * 8) =
+        make_uint4(Element<T>::pack(o[0] * scale, o[1] * scale), Element<T>::pack(o[2] * scale, o[3] * scale),
+                   Element<T>::pack(o[4] * scale, o[5] * scale), Element<T>::pack(o[6] * scale, o[7] * scale));
+    if (chunk == 0 && p.lse != nullptr)
+      p.lse[lse_index(p, {place.y, place.z, place.w}, row)] = sum == 0.f ? -INFINITY : (top + log2_fast(sum)) * kLn2;
+  }
+
+  // Sums of a part of a query tile whose key list was cut, joined later by the combine kernel.
+  __device__ void write_part(int tile_row, int chunk, float top, float sum, const float (&o)[8], const int4& more) const {
+    if (chunk * 8 >= p.head_dim) return;
+    const int64_t row = (static_cast<int64_t>(more.z) * layout.copies + more.w) * C::kRows + tile_row;
+    float4* to = reinterpret_cast<float4*>(layout.part_out + row * p.head_dim + chunk * 8);
+    to[0] = make_float4(o[0], o[1], o[2], o[3]), to[1] = make_float4(o[4], o[5], o[6], o[7]);
+    if (chunk == 0) layout.part_stat[row] = make_float2(top, sum);
   }
 };
 
