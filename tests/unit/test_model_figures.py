@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from stof_kernels.benchmarking.measurement import Measurement, write_rows
-from stof_kernels.figures import GpuPage, draw, motivation, speedups, style, table4
+from stof_kernels.figures import GpuPage, bars, cells, draw, motivation, speedups, style, table4
 
 PAGE = GpuPage("cpu", "CPU", "measured", "2026-11-23")
 MODEL = {"gpu": "cpu", "mask": "bigbird", "batch": 1, "seq_len": 128, "dtype": "float32"}
@@ -106,3 +106,35 @@ def test_published_rows_name_systems_as_their_authors_ran_them():
     with style.labels_for([row]):
         assert style.look("mcfuser").label == "MCFuser"
     assert style.look("mcfuser").label == "MCFuser (reimpl.)"
+
+
+def test_reasons_name_their_method_once_and_say_what_they_share_once():
+    def bar(method, reason, status="unsupported"):
+        return cells.Bar(method, None, None, status, reason)
+
+    found = [
+        bar("a", "only BERT: x"),
+        bar("a", "only BERT: y"),
+        bar("a", "too long"),
+        bar("b", "no row", "not_measured"),
+    ]
+    text = cells.footnotes([*found, bar("b", "only BERT: z")], str.upper)
+    assert text == (
+        "In place of a bar: u = not supported (A: only BERT: x, y; too long; B: only BERT: z). n = not measured (B)."
+    )
+
+
+def test_narrow_bars_have_values_for_ours_and_the_fastest_other_only():
+    def slot(*ratios):
+        names = ("torch_compile", "sdpa", "stof")
+        return bars.Slot("x", "g", tuple(cells.Bar(m, None, r, "ok") for m, r in zip(names, ratios, strict=True)))
+
+    def printed(slot):
+        return [b.method for b in slot.bars if b.ratio is not None and speedups._ours_and_the_best(slot, b)]
+
+    assert printed(slot(2.0, 1.5, 4.0)) == ["torch_compile", "stof"]
+    assert printed(slot(None, 1.5, 1.0)) == ["sdpa", "stof"]
+    assert printed(slot(2.0, 3.0, None)) == ["sdpa"]
+    few, many = [slot(1.0, 1.0, 1.0)] * 3, [slot(1.0, 1.0, 1.0)] * 60
+    assert speedups._is_wide(few)
+    assert not speedups._is_wide(many)

@@ -40,6 +40,12 @@ def limits(
     return max(floor, 2.0**low), 2.0**high
 
 
+def pitch(slots: Sequence[Slot], width: float) -> float:
+    """Points from one bar to the next on an axis ``width`` inches wide."""
+    xs = positions(slots)
+    return width * 72 / (xs[-1] - xs[0] + 1.3) * _WIDTH / max(1, *(len(slot.bars) for slot in slots))
+
+
 def is_light(color: str) -> bool:
     """Whether black reads better on the colour than white."""
     red, green, blue = to_rgb(color)
@@ -74,11 +80,12 @@ def draw(
     values_for: Sequence[str] = (),
     small: float = 5.0,
     named: bool = True,
+    printed: Callable[[Slot, Bar], bool] = lambda slot, bar: True,
 ) -> None:
     """Draw the slots' bars from the line at 1 up (faster) or down (slower).
 
-    ``values_for``: methods whose value is printed at the bar; ``small``: size of those and of the letters, in points;
-    ``named``: write the slots' and groups' names below the axis.
+    ``values_for``: methods whose value is printed at the bar, unless ``printed`` says no of one; ``small``: size of those
+    and of the letters, in points; ``named``: write the slots' and groups' names below the axis.
     """
     ax.set_yscale("log", base=2)
     ax.set_ylim(*span)
@@ -93,7 +100,7 @@ def draw(
             shown = min(max(b.ratio, span[0]), span[1])
             for patch in fill(colors[b.method], b.exact):
                 ax.bar(middle, shown - 1, width * 0.94, bottom=1, **patch)
-            if shown == b.ratio and b.method in values_for:
+            if shown == b.ratio and b.method in values_for and printed(slot, b):
                 _value(ax, middle, width * 0.94, b.ratio, small)
         _letters(ax, x, slot, small)
     _clipped_values(ax, xs, slots, span, small)

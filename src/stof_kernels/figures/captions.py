@@ -83,7 +83,7 @@ def reimplemented(rows: Iterable[Measurement], methods: Iterable[str]) -> list[s
         return [method for method in methods if method == "splat"]
     from stof_kernels.baselines import registry
 
-    ours = {spec.id for spec in registry.all_methods() if spec.reimplemented}
+    ours = {spec.id for spec in registry.all_methods("") if spec.reimplemented}
     return [method for method in methods if method in ours]
 
 

@@ -98,12 +98,25 @@ def footnotes(bars: Iterable[Bar], label: Callable[[str], str]) -> str:
     parts = []
     for status, (letter, meaning) in REASONS.items():
         if status in reasons:
-            if status == "no_baseline":  # the reason is the baseline's, whichever method lacks it
-                why = list(reasons[status])
-            else:
-                why = [", ".join(m) + (f": {text}" if text != "no row" else "") for text, m in reasons[status].items()]
+            # Without a baseline the reason is the baseline's, whichever method lacks it.
+            why = list(reasons[status]) if status == "no_baseline" else _by_method(reasons[status])
             parts.append(f"{letter} = {meaning} ({'; '.join(why)})")
     return f"In place of a bar: {'. '.join(parts)}." if parts else ""
+
+
+def _by_method(reasons: Mapping[str, Sequence[str]]) -> list[str]:
+    """Methods with all their reasons; what several reasons begin with, up to a colon, is said once."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for text, methods in reasons.items():
+        start, _, rest = text.partition(": ")
+        groups.setdefault(", ".join(methods), {}).setdefault(start, []).append(rest)
+    found = []
+    for methods, starts in groups.items():
+        texts = [
+            f"{start}: {', '.join(filter(None, rests))}" if any(rests) else start for start, rests in starts.items()
+        ]
+        found.append(methods if texts == ["no row"] else f"{methods}: {'; '.join(t for t in texts if t != 'no row')}")
+    return found
 
 
 def number(value: float | None) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 from stof_kernels.benchmarking.measurement import Measurement
 
 from . import FIGURES, GpuPage, bars, captions, cells
-from .layout import Page, empty_page, save
+from .layout import A4_LANDSCAPE, MARGIN, Page, empty_page, save, wrap
 from .style import METHODS, MODELS, in_order, labels_for, look, mask_label
 
-_BASELINE = "torch_native"
+_BASELINE, _OURS = "torch_native", "stof"
+_SMALL = 5.4  # points of the values at the bars
 _COLUMNS = cells.speedup_columns("mask", "model", "batch", "seq_len")
 
 _MEASURED = (
@@ -84,20 +85,44 @@ def _page(
     all_bars = [by[m] for by in table_of.values() for m in with_bars]
     ratios = [b.ratio for b in all_bars if b.ratio is not None]
     span = bars.limits(ratios, ratios)
-    drawn = Page(title, subtitle, _caption(panel, page, rows, all_bars, with_bars))
-    signs = ((" ‡", page.stale), (" §", captions.reimplemented(rows, with_bars)))
-    marks = {m: "".join(sign for sign, where in signs if m in where) for m in with_bars}
-    exactness = [b.exact for b in all_bars if b.ratio is not None]
-    drawn.legend(*bars.legend_entries(with_bars, look, exactness, _BASELINE, marks), intro="Left to right:")
-    ax = drawn.figure.add_axes(drawn.box(drawn.left + 0.38, drawn.bottom + 0.75, drawn.right, drawn.top - 0.3))
     slots = [
         bars.Slot(MODELS.get(model, model), f"batch {batch}, length {seq_len}", tuple(by[m] for m in with_bars))
         for (model, batch, seq_len), by in table_of.items()
     ]
-    bars.draw(ax, slots, {m: look(m).color for m in with_bars}, span, values_for=with_bars, small=5.4)
+    caption = _caption(panel, page, rows, all_bars, with_bars)
+    if not _is_wide(slots):
+        caption.insert(
+            1, f"Values stand at the bars of {look(_OURS).label} and of the fastest other; the table has all."
+        )
+    drawn = Page(title, subtitle, caption)
+    signs = ((" ‡", page.stale), (" §", captions.reimplemented(rows, with_bars)))
+    marks = {m: "".join(sign for sign, where in signs if m in where) for m in with_bars}
+    exactness = [b.exact for b in all_bars if b.ratio is not None]
+    drawn.legend(*bars.legend_entries(with_bars, look, exactness, _BASELINE, marks), intro="Left to right:")
+    means = wrap(_means(table_of, with_bars), drawn.right - drawn.left - 0.38, _SMALL + 1.6)
+    top = drawn.top - 0.18 - 0.12 * len(means)
+    ax = drawn.figure.add_axes(drawn.box(drawn.left + 0.38, drawn.bottom + 0.75, drawn.right, top))
+    colors = {m: look(m).color for m in with_bars}
+    printed = _everything if _is_wide(slots) else _ours_and_the_best
+    bars.draw(ax, slots, colors, span, values_for=with_bars, small=_SMALL, printed=printed)
     ax.set_ylabel("speedup (log scale)")
-    ax.set_title(_means(table_of, with_bars), fontsize=7, fontweight="normal")
+    ax.set_title("\n".join(means), fontsize=_SMALL + 1.6, fontweight="normal")
     return drawn
+
+
+def _is_wide(slots: Sequence[bars.Slot]) -> bool:
+    """Whether there is room for a value at every bar."""
+    return bars.pitch(slots, A4_LANDSCAPE[0] - 2 * MARGIN - 0.38) > 0.9 * _SMALL
+
+
+def _everything(slot: bars.Slot, bar: cells.Bar) -> bool:
+    return True
+
+
+def _ours_and_the_best(slot: bars.Slot, bar: cells.Bar) -> bool:
+    """Our bar and the longest of the others."""
+    others = [b.ratio for b in slot.bars if b.method != _OURS and b.ratio is not None]
+    return bar.method == _OURS or (bool(others) and bar.ratio == max(others))
 
 
 def _means(table_of: dict[Place, dict[str, cells.Bar]], methods: Sequence[str]) -> str:

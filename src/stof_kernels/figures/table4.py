@@ -22,7 +22,7 @@ _REMARK = (
 )
 _ROW = 0.228  # inches
 _SIZE = 8.5
-_HEAD, _HEAD_WIDTH = 7.8, 14  # points, letters of a line
+_HEAD, _HEAD_WIDTH, _WIDE = 7.8, (14, 9), 7  # points, letters of a line, columns up to which it is a wide one
 
 Place = tuple[int, int, str]
 Found = dict[tuple[object, str], Measurement]
@@ -81,7 +81,9 @@ def _page(
         return empty_page(title, subtitle, captions.no_rows(page, "tuning_cost", hint))
     drawn = Page(title, subtitle, _caption(page, rows, found, methods, places))
     others = [m for m in methods if m != _OURS and any(_ratio(found, place, m) for place in places)]
-    columns = [textwrap.wrap(look(m).label, _HEAD_WIDTH, break_on_hyphens=False) for m in (*methods, *others)]
+    narrow = len(methods) + len(others) > _WIDE
+    letters = _HEAD_WIDTH[narrow]
+    columns = [textwrap.wrap(look(m).label, letters, break_on_hyphens=narrow) for m in (*methods, *others)]
     units = ["s"] * len(methods) + ["/ STOF"] * len(others)
     edges = [drawn.left + 2.5 + (drawn.right - drawn.left - 2.6) * (i + 1) / len(columns) for i in range(len(columns))]
     y = drawn.top - 0.2
