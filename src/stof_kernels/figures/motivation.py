@@ -132,10 +132,11 @@ def _draw(ax: Axes, panel: _Panel, span: tuple[float, float], first: bool) -> No
         shown = min(max(b.ratio, span[0]), span[1])
         ax.bar(i, shown - 1, 0.72, bottom=1, **_paint(FASTER if b.ratio >= 1 else SLOWER))
         up = b.ratio >= 1
-        text = ("▼ " if shown != b.ratio else "") + bars.short(b.ratio) + star
+        cut = shown != b.ratio  # then the value stands inside the bar: below the axis are the sizes
+        text = ("▼ " if cut else "") + bars.short(b.ratio) + star
         ax.annotate(
-            text, (i, shown), xytext=(0, 2 if up else -2), textcoords="offset points", ha="center",
-            va="bottom" if up else "top", fontsize=6.3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            text, (i, shown), xytext=(0, 4 if cut else 2 if up else -2), textcoords="offset points", ha="center",
+            va="bottom" if up or cut else "top", fontsize=6.3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
         )  # fmt: skip
     ax.axhline(1, color="#222222", linewidth=0.8, zorder=3)
     ax.set_xlim(-0.6, len(panel.sizes) - 0.4)
@@ -145,7 +146,10 @@ def _draw(ax: Axes, panel: _Panel, span: tuple[float, float], first: bool) -> No
             bars.below(ax, i, -9.5 - 8.0 * line, text, 6.3)
     for line, word in enumerate(("batch", "length", "hidden"), 1):
         if first:
-            bars.below(ax, -1.35, -9.5 - 8.0 * line, word, 6.3, style="italic")
+            ax.annotate(
+                word, (0, 0), xycoords="axes fraction", xytext=(-4, -9.5 - 8.0 * line), textcoords="offset points",
+                ha="right", va="baseline", fontsize=6.3, annotation_clip=False, style="italic",
+            )  # fmt: skip
     bars.ticks(ax, span)
     ratios = [b.ratio for b in panel.bars if b.ratio is not None]
     wins = sum(r > 1 for r in ratios)
