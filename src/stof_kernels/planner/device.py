@@ -118,8 +118,8 @@ CUDA_BLOCK_COSTS = {
     "split": CudaBlockCosts(2.84, 0.195, 0.347, 0.816, 1.694, 0.221, 0.439, 4.83),
     "hopper": CudaBlockCosts(2.37, 0.050, 0.225, 0.0, 0.637, 0.216, 0.266, 3.97, 0.359, 0.796),
     "hopper_pair": CudaBlockCosts(3.39, 0.252, 0.330, 0.0, 1.228, 0.636, 0.088, 3.99, 0.518, 0.985),
-    "hopper_split": CudaBlockCosts(1.14, 0.0, 0.665, 0.0, 1.477, 0.0, 0.479, 4.70, 0.567, 0.605),
-    "hopper_quad": CudaBlockCosts(2.05, 0.0, 0.410, 0.0, 2.258, 0.0, 0.275, 4.70, 0.359, 0.796),
+    "hopper_split": CudaBlockCosts(1.19, 0.0, 0.490, 0.0, 1.705, 0.0, 0.483, 4.70, 0.750, 0.813),
+    "hopper_quad": CudaBlockCosts(1.42, 0.0, 0.419, 0.0, 1.994, 0.0, 0.314, 4.70, 0.348, 0.932),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)
 
