@@ -138,3 +138,24 @@ def test_narrow_bars_have_values_for_ours_and_the_fastest_other_only():
     few, many = [slot(1.0, 1.0, 1.0)] * 3, [slot(1.0, 1.0, 1.0)] * 60
     assert speedups._is_wide(few)
     assert not speedups._is_wide(many)
+
+
+def test_what_an_experiment_has_no_row_of_is_said(drawn):
+    rows = [
+        Measurement(
+            experiment="ablation",
+            method=method,
+            model="gpt2",
+            metric="latency",
+            unit="ms",
+            median=ms,
+            samples=3,
+            exact=True,
+            **MODEL,
+        )
+        for method, ms in (("torch_native", 2.0), ("stof", 1.0), ("torch_compile", 1.5))
+    ]
+    text, _ = drawn("fig12", rows)
+    assert "Not measured: Compile without MHA boundary; STOF, fusion only; STOF, attention only." in " ".join(
+        text.split()
+    )

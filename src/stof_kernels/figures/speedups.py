@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stof_kernels.benchmarking import experiments
 from stof_kernels.benchmarking.measurement import Measurement
 
 from . import FIGURES, GpuPage, bars, captions, cells
@@ -144,6 +145,7 @@ def _caption(
         + captions.metric("latency", published),
         cells.footnotes(all_bars, lambda m: look(m).label),
         _without_bar(rows, methods),
+        "" if published else _absent(panel, rows),
         captions.stale(page, methods),
         captions.rewritten_note(rows, methods),
     ]
@@ -157,6 +159,13 @@ def _caption(
     elif images:
         paragraphs.append(f"ViT: the largest square image of at most that many tokens, {', '.join(map(str, images))}.")
     return [p for p in paragraphs if p] + [captions.source(page, rows)]
+
+
+def _absent(panel: Panel, rows: Sequence[Measurement]) -> str:
+    """Methods of the experiment that have no row at all on this page."""
+    absent = {*experiments.get(panel.experiment).methods} - {row.method for row in rows}
+    names = "; ".join(look(method).label for method in in_order(absent, METHODS))
+    return f"Not measured: {names}." if names else ""
 
 
 def _without_bar(rows: Sequence[Measurement], drawn: Sequence[str]) -> str:
