@@ -49,10 +49,11 @@ class BenchSubject:
         jobs that share the device only one does this at a time: it takes more memory than anything after it.
         """
         with turns().alone():
-            found = self._reference()
-            # Else what the method keeps could come to lie in a block of these scores, which then could never go back.
+            want, error = self._reference()
+            # Else the result, or what the method keeps, could lie in a block of these scores, which then could never go back.
+            want = want.cpu()
             give_back(self.problem.device)
-        return found
+        return want.to(self.problem.device), error
 
     def _reference(self) -> tuple[Tensor, float]:
         model, dtype = self.model(variants.NATIVE), getattr(torch, self.problem.dtype)
