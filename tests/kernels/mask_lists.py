@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -93,6 +94,14 @@ def unpack_layout(layout: Sequence[Tensor], shape: tuple[int, int, int, int], q_
                         row, column = lane // 4 + 8 * (e // 2 % 2), 8 * (e // 4) + 2 * (lane % 4) + e % 2
                         part[row::16, column] |= (byte >> e & 1).bool()
     return dense[:, :q_len, :kv_len].view(shape), lengths
+
+
+def list_lengths(layout: Sequence[Tensor]) -> list[int]:
+    """Per work item of CUDA's block-wise layout the longest part of its list; the parts of a list must stand together."""
+    items = layout[2][: int(layout[0][0])].tolist()
+    lists = [[item[2] for item in parts] for _, parts in groupby(items, key=lambda item: (item[6], item[0]))]
+    assert len(lists) == len({(item[6], item[0]) for item in items})
+    return [max(parts) for parts in lists for _ in parts]
 
 
 def attend(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from mask_lists import unpack_layout
+from mask_lists import list_lengths, unpack_layout
 
 from stof_kernels.kernels import raw
 
@@ -62,8 +62,10 @@ def test_layout_holds_the_mask(shape, seed, chunk, q_tile):
     layout = raw.build_layout(*cells, *shape[2:], shape[0] * shape[1], q_tile, chunk, 3)
     dense, lengths = unpack_layout(layout, keep.shape, q_tile)
     assert torch.equal(dense, keep.cpu())
-    # Parts of one list stand together, at its longest part's place: 3 tiles cut in two are 2 and 1 among other twos.
-    assert chunk != 0 or lengths == sorted(lengths, reverse=True)
+    # The parts of a list have its longest part's place: 3 tiles cut in two are 2 and 1 among other twos.
+    order = list_lengths(layout)
+    assert order == sorted(order, reverse=True)
+    assert chunk != 0 or lengths == order
     assert chunk < 1 or max(lengths) <= chunk
     header = layout[0][:8].tolist()
     assert layout[4].tolist() == [1, q_tile, chunk, 0, *header[:3], header[5]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import SIMT, emulated_library
-from mask_lists import unpack_layout
+from mask_lists import list_lengths, unpack_layout
 
 from stof_kernels import SparseMask
 from stof_kernels.formats import cells
@@ -156,7 +156,9 @@ def test_layout_holds_the_mask(emulated, shape, chunk, q_tile):
     (ptr, col, items, bits), counts = build_layout(emulated, SparseMask.from_dense(keep), q_tile, chunk, 3, slots=12)
     dense, lengths = unpack_layout((ptr, col, items, bits), keep.shape, q_tile)
     assert torch.equal(dense, keep)
-    assert chunk != 0 or lengths == sorted(lengths, reverse=True)
+    order = list_lengths((ptr, col, items))
+    assert order == sorted(order, reverse=True)
+    assert chunk != 0 or lengths == order
     assert chunk < 1 or max(lengths) <= chunk
     assert ptr[6] == 0
     assert counts[3] == 0

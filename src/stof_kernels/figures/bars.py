@@ -80,12 +80,12 @@ def draw(
     values_for: Sequence[str] = (),
     small: float = 5.0,
     named: bool = True,
-    printed: Callable[[Slot, Bar], bool] = lambda slot, bar: True,
+    printed: Callable[[Slot, Bar], bool] | None = None,
 ) -> None:
     """Draw the slots' bars from the line at 1 up (faster) or down (slower).
 
-    ``values_for``: methods whose value is printed at the bar, unless ``printed`` says no of one; ``small``: size of those
-    and of the letters, in points; ``named``: write the slots' and groups' names below the axis.
+    ``values_for``: methods whose value is printed at the bar, where ``printed`` agrees if it is given; ``small``: size of
+    those and of the letters, in points; ``named``: write the slots' and groups' names below the axis.
     """
     ax.set_yscale("log", base=2)
     ax.set_ylim(*span)
@@ -100,7 +100,7 @@ def draw(
             shown = min(max(b.ratio, span[0]), span[1])
             for patch in fill(colors[b.method], b.exact):
                 ax.bar(middle, shown - 1, width * 0.94, bottom=1, **patch)
-            if shown == b.ratio and b.method in values_for and printed(slot, b):
+            if shown == b.ratio and b.method in values_for and (printed is None or printed(slot, b)):
                 _value(ax, middle, width * 0.94, b.ratio, small)
         _letters(ax, x, slot, small)
     _clipped_values(ax, xs, slots, span, small)

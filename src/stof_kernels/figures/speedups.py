@@ -15,7 +15,8 @@ from .layout import A4_LANDSCAPE, MARGIN, Page, empty_page, save, wrap
 from .style import METHODS, MODELS, in_order, labels_for, look, mask_label
 
 _BASELINE, _OURS = "torch_native", "stof"
-_SMALL = 5.4  # points of the values at the bars
+_SMALL, _MEANS = 5.4, 7.0  # points of the values at the bars, and of the means above them
+_LEFT = 0.38  # inches of the y axis's numbers and name
 _COLUMNS = cells.speedup_columns("mask", "model", "batch", "seq_len")
 
 _MEASURED = (
@@ -90,34 +91,26 @@ def _page(
         bars.Slot(MODELS.get(model, model), f"batch {batch}, length {seq_len}", tuple(by[m] for m in with_bars))
         for (model, batch, seq_len), by in table_of.items()
     ]
-    caption = _caption(panel, page, rows, all_bars, with_bars)
-    if not _is_wide(slots):
-        caption.insert(
-            1, f"Values stand at the bars of {look(_OURS).label} and of the fastest other; the table has all."
-        )
-    drawn = Page(title, subtitle, caption)
+    wide = _is_wide(slots)
+    drawn = Page(title, subtitle, _caption(panel, page, rows, all_bars, with_bars, wide))
     signs = ((" ‡", page.stale), (" §", captions.reimplemented(rows, with_bars)))
     marks = {m: "".join(sign for sign, where in signs if m in where) for m in with_bars}
     exactness = [b.exact for b in all_bars if b.ratio is not None]
     drawn.legend(*bars.legend_entries(with_bars, look, exactness, _BASELINE, marks), intro="Left to right:")
-    means = wrap(_means(table_of, with_bars), drawn.right - drawn.left - 0.38, _SMALL + 1.6)
+    means = wrap(_means(table_of, with_bars), drawn.right - drawn.left - _LEFT, _MEANS)
     top = drawn.top - 0.18 - 0.12 * len(means)
-    ax = drawn.figure.add_axes(drawn.box(drawn.left + 0.38, drawn.bottom + 0.75, drawn.right, top))
+    ax = drawn.figure.add_axes(drawn.box(drawn.left + _LEFT, drawn.bottom + 0.75, drawn.right, top))
     colors = {m: look(m).color for m in with_bars}
-    printed = _everything if _is_wide(slots) else _ours_and_the_best
+    printed = None if wide else _ours_and_the_best
     bars.draw(ax, slots, colors, span, values_for=with_bars, small=_SMALL, printed=printed)
     ax.set_ylabel("speedup (log scale)")
-    ax.set_title("\n".join(means), fontsize=_SMALL + 1.6, fontweight="normal")
+    ax.set_title("\n".join(means), fontsize=_MEANS, fontweight="normal")
     return drawn
 
 
 def _is_wide(slots: Sequence[bars.Slot]) -> bool:
     """Whether there is room for a value at every bar."""
-    return bars.pitch(slots, A4_LANDSCAPE[0] - 2 * MARGIN - 0.38) > 0.9 * _SMALL
-
-
-def _everything(slot: bars.Slot, bar: cells.Bar) -> bool:
-    return True
+    return bars.pitch(slots, A4_LANDSCAPE[0] - 2 * MARGIN - _LEFT) > 0.9 * _SMALL
 
 
 def _ours_and_the_best(slot: bars.Slot, bar: cells.Bar) -> bool:
@@ -135,7 +128,12 @@ def _means(table_of: dict[Place, dict[str, cells.Bar]], methods: Sequence[str]) 
 
 
 def _caption(
-    panel: Panel, page: GpuPage, rows: Sequence[Measurement], all_bars: Sequence[cells.Bar], methods: Sequence[str]
+    panel: Panel,
+    page: GpuPage,
+    rows: Sequence[Measurement],
+    all_bars: Sequence[cells.Bar],
+    methods: Sequence[str],
+    wide: bool,
 ) -> list[str]:
     published = captions.is_published(rows)
     masks = [mask_label(mask) for mask in sorted({row.mask for row in rows if row.mask})]
@@ -143,6 +141,7 @@ def _caption(
         f"Each bar is the latency of {look(_BASELINE).label} divided by the method's: above the line is faster. "
         f"Models in groups of one batch size and sequence length; attention mask: {', '.join(masks) or 'not recorded'}. "
         + captions.metric("latency", published),
+        "" if wide else f"Values stand at the bars of {look(_OURS).label} and of the fastest other; the table has all.",
         cells.footnotes(all_bars, lambda m: look(m).label),
         _without_bar(rows, methods),
         "" if published else _absent(panel, rows),
