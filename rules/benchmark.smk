@@ -27,7 +27,10 @@ rule bench:
         journal="results/journal/{gpu}/{experiment}/{method}.jsonl",
         device=lambda wildcards: MEASURED[wildcards.gpu].device,
         settings=lambda wildcards: checks.job_settings(
-            config, wildcards.experiment, MEASURED[wildcards.gpu].device
+            config,
+            wildcards.experiment,
+            MEASURED[wildcards.gpu].device,
+            wildcards.method,
         ),
         code=lambda wildcards: digest_of(
             "bench.py",

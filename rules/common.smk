@@ -128,7 +128,9 @@ def extension_of(wildcards):
     target = MEASURED[wildcards.gpu]
     needed = any(
         name.startswith("kernels")
-        for name in spec_of(wildcards).depends_on(target.device)
+        for name in EXPERIMENTS[wildcards.experiment].depends_of(
+            spec_of(wildcards), target.device
+        )
     )
     build = needed and target.arch in BUILDABLE and runs_here(wildcards)
     return manifest(target.arch) if build else []
@@ -150,11 +152,10 @@ def gpu_model(wildcards):
 
 def measured_tables(experiment):
     """Tables that this run measures in one experiment."""
-    methods = [spec.id for spec in checks.selected_methods(config, experiment)]
     return [
-        f"results/measured/{gpu}/{experiment}/{method}.csv"
-        for gpu in MEASURED
-        for method in methods
+        f"results/measured/{gpu}/{experiment}/{spec.id}.csv"
+        for gpu, target in MEASURED.items()
+        for spec in checks.selected_methods(config, experiment, target.device)
     ]
 
 

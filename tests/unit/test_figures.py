@@ -34,6 +34,7 @@ BARS = {
     "table4": 3 * 18,
     "crossover": 0,  # nothing was published
     "scaling": 0,
+    "duel": 0,
 }
 
 
@@ -69,7 +70,7 @@ def words_on(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         pages.extend([text.get_text() for text in page.figure.findobj(Text)] for page in drawn)
         save(drawn, pdf, title)
 
-    for name in ("fig9_10", "fig13", "table4", "masks", "speedups", "motivation", "crossover", "scaling"):
+    for name in ("fig9_10", "fig13", "table4", "masks", "speedups", "motivation", "crossover", "scaling", "duel"):
         module = __import__(f"stof_kernels.figures.{name}", fromlist=["save"])
         monkeypatch.setattr(module, "save", spy)
     return pages

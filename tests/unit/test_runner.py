@@ -34,8 +34,8 @@ SETTINGS = {
     "timing": {"min_samples": 3, "max_samples": 6, "budget_s": 0.01, "warmup": 1},
 }
 DESIGN_EXPERIMENTS = [
-    "mha", "mha_artifact", "mha_long", "mha_bf16", "mask_build", "planner", "scaling", "dynamic_mask", "end_to_end", "ablation",
-    "overhead", "tuning_cost", "motivation",
+    "mha", "mha_artifact", "mha_long", "mha_bf16", "mask_build", "planner", "scaling", "dynamic_mask", "duel", "end_to_end",
+    "ablation", "overhead", "tuning_cost", "motivation",
 ]  # fmt: skip
 
 

@@ -69,6 +69,11 @@ experiments:
       cpu: [{batch: 1, heads: 2, head_dim: 16, seq_len: [32], masks: [{family: head_blocks, block: 16, fill: 0.5}]}]
     timing:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
+  duel:
+    fights:
+      cpu: [{of: mha, rivals: [torch_native], cells: ["causal:*"]}]
+    timing:
+      cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
   end_to_end:
     models: {cpu: [t5]}
     model_size: tiny
@@ -91,8 +96,8 @@ experiments:
       cpu: {min_samples: 2, max_samples: 3, budget_s: 0.01, warmup: 1}
 """
 """Attention by two methods that run on a CPU and one that does not, four cells each; the planner on two cells, the other
-attention experiments on one each; a whole model in two layers with no seconds to search in, and a pair of operators with too
-few to compile."""
+attention experiments on one each, and a duel on two; a whole model in two layers with no seconds to search in, and a pair of
+operators with too few to compile."""
 
 
 @dataclass(frozen=True)

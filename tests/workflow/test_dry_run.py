@@ -20,7 +20,7 @@ checks.normalize(FILLED)
 validate(FILLED, str(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
 CONFIGURED = FILLED["experiments"]
 DRAWN = {experiment for figure in FIGURES.values() for experiment in figure.experiments}
-METHODS = {experiment: len(checks.selected_methods(FILLED, experiment)) for experiment in CONFIGURED}
+METHODS = {experiment: len(checks.selected_methods(FILLED, experiment, "cpu")) for experiment in CONFIGURED}
 JOBS = sum(METHODS.values())
 TABLES = len(DRAWN.union(FLOORS, CONFIGURED))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from stof_kernels.kernels import BuildError
 
-from . import records
-from .duel import duel, parse_cells
+from . import config, records
+from .fights import FIELDS, parse_cells
 from .timing import Budget
 
 
@@ -41,13 +42,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
 
     fight = commands.add_parser("duel", help="time two methods in turn in one process")
-    fight.add_argument("cells", help="comma list such as mha:causal:1x2048,mha:bigbird:8x512")
+    fight.add_argument("cells", help="comma list such as causal:1x2048,mha_long:causal:1x8192:32/8x128")
     fight.add_argument("methods", nargs="*", default=["stof", "sdpa"], help="two method ids (default: stof sdpa)")
     fight.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    fight.add_argument("--heads", type=int, default=12)
-    fight.add_argument("--head-dim", type=int, default=64)
-    fight.add_argument("--dtype", default="", help="default: float32 on the CPU, float16 on CUDA")
+    own = "of the cell's experiment, if one is named; else"
+    fight.add_argument("--heads", type=int, help=f"default: those {own} 12")
+    fight.add_argument("--head-dim", type=int, help=f"default: that {own} 64")
+    fight.add_argument("--dtype", default="", help=f"default: that {own} float32 on the CPU, float16 on CUDA")
     fight.add_argument("--seed", type=int, default=0)
+    fight.add_argument("--config", type=Path, default=Path("config.yaml"), help="where experiments are described")
     fight.add_argument("--seconds", type=float, default=2.0, help="time to sample each cell")
     fight.set_defaults(command=_duel)
     return parser
@@ -73,20 +76,33 @@ def _stale(options: argparse.Namespace) -> int:
 def _duel(options: argparse.Namespace) -> int:
     import torch
 
+    from .duel import duel
+
     if len(options.methods) != 2:
         raise ValueError(f"got {len(options.methods)} methods, allowed: two ids such as stof sdpa")
     available = torch.cuda.is_available()
     if options.device == "cuda" and not available:
         raise ValueError("--device cuda: torch sees no CUDA device here, allowed: auto, cpu")
     device = "cuda" if available and options.device != "cpu" else "cpu"
-    dtype = options.dtype or ("float32" if device == "cpu" else "float16")
-    settings = {"heads": options.heads, "head_dim": options.head_dim, "dtype": dtype, "seed": options.seed}
-    budget = Budget(min_samples=20, max_samples=1000, budget_s=options.seconds)
+    given = {"heads": options.heads, "head_dim": options.head_dim, "dtype": options.dtype or None}
+    given = {name: value for name, value in given.items() if value is not None} | {"seed": options.seed}
+    budget = Budget(min_samples=20, max_samples=10_000, budget_s=options.seconds)
     first, second = options.methods
-    for cell in parse_cells(options.cells, settings, device):
+    for cell in parse_cells(options.cells, given, _fields(options.config, device), device):
         outcome = duel(cell.problem, first, second, budget)
-        print(f"{cell.key} {device} {dtype}: {first} against {second}: {outcome}", flush=True)
+        print(f"{cell.key} {device} {cell.problem.dtype}: {first} against {second}: {outcome}", flush=True)
     return 0
+
+
+def _fields(path: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Experiment -> what the config says of its heads and dtype; nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    import yaml
+
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    sections = {name: section for name, section in found.get("experiments", {}).items() if name in FIELDS}
+    return {name: config.job_settings({"seed": 0, "experiments": sections}, name, device) for name in sections}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,24 +26,31 @@ def relative_error(problem: Problem, tensors: Tensors, applied: Pattern, out: Te
     The reference is float64 on the CPU and float32 on CUDA, computed in strips of queries so that any cell fits in memory.
     ValueError if ``out`` has another shape than q.
     """
+    return relative_errors(problem, tensors, applied, [out])[0]
+
+
+def relative_errors(problem: Problem, tensors: Tensors, applied: Pattern, outs: Sequence[Tensor]) -> list[float]:
+    """`relative_error` of each output of the same mask, with one reference for all."""
     import torch
 
     from stof_kernels.ops import reference
 
-    if out.shape != tensors.q.shape:
-        raise ValueError(f"output has shape {tuple(out.shape)}, allowed: {tuple(tensors.q.shape)}")
+    for out in outs:
+        if out.shape != tensors.q.shape:
+            raise ValueError(f"output has shape {tuple(out.shape)}, allowed: {tuple(tensors.q.shape)}")
     dtype = torch.float64 if problem.device == "cpu" else torch.float32
     q, k, v = (t.to(dtype) for t in (tensors.q, tensors.k, tensors.v))
-    difference = torch.zeros((), dtype=torch.float64, device=problem.device)
+    difference = torch.zeros(len(outs), dtype=torch.float64, device=problem.device)
     norm = torch.zeros_like(difference)
     step = _strip(problem, dtype.itemsize)
     for start in range(0, problem.q_len, step):
         stop = min(start + step, problem.q_len)
         keep = keep_rows(problem, applied, start, stop)
         ref, _ = reference.attention(q[:, :, start:stop], k, v, keep, scale=problem.scale, dtype=dtype)
-        difference += (out[:, :, start:stop].to(dtype) - ref).double().square().sum()
+        for i, out in enumerate(outs):
+            difference[i] += (out[:, :, start:stop].to(dtype) - ref).double().square().sum()
         norm += ref.double().square().sum()
-    return float((difference / norm).sqrt())
+    return (difference / norm).sqrt().tolist()
 
 
 def _strip(problem: Problem, item_bytes: int) -> int:

@@ -16,6 +16,7 @@ from stof_kernels.baselines import MethodSpec
 from stof_kernels.baselines.registry import ATTENTION
 
 from . import experiments as known_experiments
+from . import fights
 from .attention_masks import MaskError, parse_mask
 from .measurement import MeasurementError, read_rows
 from .records import RecordError, read_provenance
@@ -102,7 +103,9 @@ def check_relations(config: Mapping[str, Any]) -> None:
             if timing["min_samples"] > timing["max_samples"]:
                 least, most = timing["min_samples"], timing["max_samples"]
                 raise ConfigError(f"{where}.timing.{device}: min_samples {least} is above max_samples {most}")
-        if known.kind == ATTENTION:
+        if experiment == fights.ID:
+            _check_fights(config, known, where)
+        elif known.kind == ATTENTION:
             _check_attention(where, section)
         else:
             _check_cells(config, known, where)
@@ -128,6 +131,23 @@ def _check_cells(config: Mapping[str, Any], known: known_experiments.Experiment,
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(f"{where}.sizes.{device}: {key} is listed twice, allowed: once")
+
+
+def _check_fights(config: Mapping[str, Any], known: known_experiments.Experiment, where: str) -> None:
+    """Duels: every rival is one, and every cell can be found in its own experiment."""
+    section = config["experiments"][known.id]
+    for device, entries in section["fights"].items():
+        for number, entry in enumerate(entries):
+            _check_known(f"{where}.fights.{device}.{number}.rivals", entry["rivals"], known.methods)
+        try:
+            fights.settings_of(section, _fields(config, device), "", device)
+        except fights.FightError as error:
+            raise ConfigError(f"{where}.{error}") from None
+
+
+def _fields(config: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The experiments that cells of a duel can come from, as settings of their jobs."""
+    return {name: job_settings(config, name, device) for name in config["experiments"] if name in fights.FIELDS}
 
 
 def _check_known(where: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -183,18 +203,30 @@ def check_recorded(recorded: Path, gpu: str) -> None:
                     )
 
 
-def selected_methods(config: Mapping[str, Any], experiment: str) -> list[MethodSpec]:
-    """Methods that the config measures in ``experiment``, in the registry's order; empty without a section for it."""
+def selected_methods(config: Mapping[str, Any], experiment: str, device: str = "") -> list[MethodSpec]:
+    """Methods that the config measures in ``experiment``, in the registry's order; empty without a section for it.
+
+    Where each kind of device has methods of its own (duels), those of ``device``, of all kinds if it is empty.
+    """
     section = config["experiments"].get(experiment)
     if section is None:
         return []
     specs = list(known_experiments.get(experiment).specs)
+    if experiment == fights.ID:
+        named = fights.rivals(section, [device] if device else ("cuda", "cpu"))
+        specs = [spec for spec in specs if spec.id in named]
     return specs if section["methods"] == ALL else [spec for spec in specs if spec.id in section["methods"]]
 
 
-def job_settings(config: Mapping[str, Any], experiment: str, device: str) -> dict[str, Any]:
-    """The settings of a measuring job: the experiment's section, reduced to one kind of device (cpu or cuda)."""
+def job_settings(config: Mapping[str, Any], experiment: str, device: str, method: str = "") -> dict[str, Any]:
+    """The settings of a measuring job: the experiment's section, reduced to one kind of device (cpu or cuda).
+
+    Of duels, those of ``method``, of every rival if it is empty.
+    """
     section = {name: value for name, value in config["experiments"][experiment].items() if name != "methods"}
+    if experiment == fights.ID:
+        section |= fights.settings_of(section, _fields(config, device), method, device)
+        section.pop("fights")
     return {name: _of_device(value, device) for name, value in section.items()} | {"seed": config["seed"]}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from stof_kernels.baselines.models import KIND as MODEL
 from stof_kernels.baselines.pairs import KIND as PAIR
 from stof_kernels.baselines.registry import ATTENTION
 
-from .attention_masks import MaskEntry, MaskError, parse_mask
+from .attention_masks import FAMILIES, MaskEntry, MaskError, parse_mask
 from .model_problems import ProblemError, model_problems, pair_problems
 
 
@@ -39,7 +41,9 @@ class Experiment:
     reasons where they cannot run; ``only``: those of them that have rows here, all where empty. ``depends``: package-relative
     code that the numbers of every method depend on here, besides what they depend on everywhere. ``kind``: what problems its
     methods prepare (`baselines.registry`). ``metric``: the metric of the row that a cell without numbers has. ``shares``: the
-    experiment whose runs of the same method, cell and settings this one takes its rows from.
+    experiment whose runs of the same method, cell and settings this one takes its rows from. ``against``: the method that every
+    other one is measured against here, so that the numbers depend on its code too; it has no rows of its own. ``by_cell``: jobs
+    that share a device have it alone while a cell is timed, not from end to end.
     """
 
     id: str
@@ -52,6 +56,8 @@ class Experiment:
     kind: str = ATTENTION
     metric: str = "device_time"
     shares: str = ""
+    against: str = ""
+    by_cell: bool = False
 
     @property
     def measure_cell(self) -> Callable[[Cell, Any], list[Any]]:
@@ -63,7 +69,9 @@ class Experiment:
     def specs(self) -> tuple[MethodSpec, ...]:
         """The methods that have rows in it, in the order of tables and legends."""
         names = {self.id, self.like} - {""}
-        found = (spec for spec in all_methods(self.kind) if names.intersection(spec.experiments))
+        found = (
+            spec for spec in all_methods(self.kind) if names.intersection(spec.experiments) and spec.id != self.against
+        )
         return tuple(spec for spec in found if not self.only or spec.id in self.only)
 
     @property
@@ -77,11 +85,13 @@ class Experiment:
 
     def why_not(self, spec: MethodSpec, device: str) -> str:
         """Reason why ``spec`` cannot run here at all, known without importing torch; empty if it may run."""
-        return spec.why_not(self.id, device) or (spec.why_not(self.like, device) if self.like else "")
+        reason = spec.why_not(self.id, device) or (spec.why_not(self.like, device) if self.like else "")
+        return reason or (find_method(self.against, self.kind).why_not(self.like, device) if self.against else "")
 
     def depends_of(self, spec: MethodSpec, device: str) -> tuple[str, ...]:
         """Package-relative names that the numbers of ``spec`` on ``device`` depend on in this experiment."""
-        return tuple(dict.fromkeys((*spec.depends_on(device), *self.depends)))
+        other = find_method(self.against, self.kind).depends_on(device) if self.against else ()
+        return tuple(dict.fromkeys((*spec.depends_on(device), *self.depends, *other)))
 
 
 @dataclass(frozen=True)
@@ -116,14 +126,45 @@ def attention_cells(settings: dict[str, Any], device: str) -> list[Cell]:
     ]
 
 
+_KEY = re.compile(r"(\w+)(?:\(([^()]+)\))?:([1-9]\d*)x([1-9]\d*)(?::([1-9]\d*)/([1-9]\d*)x([1-9]\d*))?")
+
+
 def attention_cell(name: str, settings: dict[str, Any], device: str) -> Cell:
-    """The cell called ``causal:1x2048`` with the settings' heads, head_dim, dtype and seed."""
-    family, _, size = name.partition(":")
-    batch, _, seq_len = size.partition("x")
-    if family not in masks.FAMILIES or not (batch.isdigit() and seq_len.isdigit() and int(batch) and int(seq_len)):
-        families = ", ".join(masks.FAMILIES)
-        raise SettingsError(f"cell {name!r}: allowed: MASK:BATCHxLENGTH such as causal:1x2048, masks {families}")
-    return _cell(MaskEntry(family), int(batch), int(seq_len), _shared(settings), device)
+    """The cell of that key, ``causal:1x2048`` or ``sliding_window(w=64):1x8192:32/8x128``, in or beside the settings' lists.
+
+    Dtype and seed are the settings', and so are heads, kv_heads and head_dim where the key has none of its own.
+    """
+    found = _KEY.fullmatch(name)
+    if not found or found[1] not in FAMILIES:
+        allowed = "MASK:BATCHxLENGTH such as causal:1x2048 or sliding_window(w=64):1x8192:32/8x128"
+        raise SettingsError(f"cell {name!r}: allowed: {allowed}, masks {', '.join(FAMILIES)}")
+    family, given, batch, seq_len, *own = found.groups()
+    shape = dict(zip(("heads", "kv_heads", "head_dim"), map(int, own), strict=True)) if all(own) else {}
+    cell = _cell(_entry(name, family, given or ""), int(batch), int(seq_len), _shared(settings | shape), device)
+    return Cell(name, cell.problem)
+
+
+def _entry(name: str, family: str, given: str) -> MaskEntry:
+    """The mask of a key with ``given`` (``w=64,g=32``) in its parentheses."""
+    try:
+        pairs = (item.partition("=")[::2] for item in given.split(",") if given)
+        return parse_mask({"family": family} | {key: json.loads(value) for key, value in pairs})
+    except ValueError as error:
+        raise SettingsError(f"cell {name!r}: {error}; allowed: parameters such as w=64 or causal=true") from None
+
+
+def duel_cells(settings: dict[str, Any], device: str) -> list[Cell]:
+    """``cells``: keys behind the name of their experiment; ``shapes``: the heads and dtype that each experiment has."""
+    cells, shapes = settings.get("cells"), settings.get("shapes", {})
+    if not isinstance(cells, (list, tuple)) or not isinstance(shapes, dict):
+        raise SettingsError(f"settings: cells is {cells!r}, allowed: a list such as mha:causal:1x2048")
+    found = []
+    for name in cells:
+        of, _, key = str(name).partition(":")
+        if of not in shapes:
+            raise SettingsError(f"settings: cell {name!r}: allowed: cells of {', '.join(shapes) or 'no experiment'}")
+        found.append(Cell(name, attention_cell(key, shapes[of] | {"seed": settings.get("seed", 0)}, device).problem))
+    return found
 
 
 def _cell(entry: MaskEntry, batch: int, seq_len: int, shared: dict[str, Any], device: str, heads_key: str = "") -> Cell:
@@ -283,6 +324,16 @@ _ALL = (
         measure="attention_dynamic:measure_cell",
         like="mha",
         depends=(*_FORMS, "benchmarking/attention_dynamic.py"),
+    ),
+    Experiment(
+        "duel",
+        "close cells of the experiments above: each rival and STOF in one process, turn by turn",
+        duel_cells,
+        measure="duel:measure_cell",
+        like="mha",
+        depends=(*_FORMS, "benchmarking/duel.py"),
+        against="stof",
+        by_cell=True,
     ),
     Experiment(
         "end_to_end",

@@ -22,6 +22,8 @@ METRICS: dict[str, str] = {
     "device_time": "us",  # one call on the device: CUDA-graph replay; on the CPU the wall time of one call
     "host_time": "us",  # one eager call as the host sees it
     "control_time": "us",  # the fixed control, interleaved in the same cell
+    "stof_time": "us",  # our call, in turns with the device_time of its rival (duel)
+    "speedup": "ratio",  # the rival's time / ours, turn by turn; above 1 ours is faster (duel)
     "mask_build_time": "us",
     "plan_time": "us",
     "predicted_time": "us",  # the cost model's estimate

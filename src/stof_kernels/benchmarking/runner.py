@@ -38,11 +38,22 @@ _MORE = {
     "pair": "; kernels found by one search per cell, each compared with the operators one by one",
 }
 _SHARED = {
+    None: "; several jobs shared the device and its cores: they prepared and checked side by side, and each was timed while no "
+    "other one ran or compiled anything",
     True: "; several jobs shared the device and its cores: they prepared side by side, and each was checked and timed while no "
     "other one ran or compiled anything",
     False: "; jobs beside this one on the same device and cores waited while it prepared and measured",
 }
-_LISTS = ("masks", "sizes", "scatter", "models", "operators")
+_LISTS = ("masks", "sizes", "scatter", "models", "operators", "cells")
+_AGAINST = (
+    ", ours and the rival's in turns in one process, on the same tensors; median, 20th and 80th percentile. The ratio is that "
+    "of the medians of two neighbouring turns: median, 20th and 80th percentile over turns"
+)
+_DUEL = {
+    "cpu": "wall time of single calls after {warmup} for warm-up" + _AGAINST,
+    "cuda": "replays of a CUDA graph of up to {graph_calls} calls between events, divided by their number, after {warmup} "
+    "calls for warm-up" + _AGAINST,
+}
 _LEFT_UNUSABLE = "not measured: an earlier cell left the GPU unusable in this process"
 
 
@@ -51,11 +62,12 @@ class JobError(ValueError):
 
 
 def _in_turn(run: Callable[..., None]) -> Callable[..., None]:
-    """Take turns with other jobs on the device, where they are asked to: whole models cell by cell, others from end to end."""
+    """Take turns with other jobs on the device, where they are asked to: cell by cell (models, duels) or from end to end."""
 
     @wraps(run)
     def job(gpu: str, experiment: str, *arguments: Any, **named: Any) -> None:
-        by_cell = experiments.get(experiment).kind == MODEL
+        known = experiments.get(experiment)
+        by_cell = known.by_cell or known.kind == MODEL
         with turns().joined(), nullcontext() if by_cell else turns().alone():
             run(gpu, experiment, *arguments, **named)
 
@@ -167,6 +179,9 @@ def summary(rows: list[Measurement]) -> str:
     regrets = [f"{row.operator} {row.median:.2f}" for row in rows if row.metric == "regret"]
     if regrets:
         return f"regret {', '.join(regrets)}"
+    duels = [row for row in rows if row.metric == "speedup"]
+    if duels:
+        return _duel(rows[0], rows[1], duels[0])
     parts = [row for row in rows if row.operator]
     if len(parts) > 1 and rows[0].operator:
         return ", ".join(_part(row) for row in parts)
@@ -182,6 +197,13 @@ def summary(rows: list[Measurement]) -> str:
     if "control_time" in by_metric:
         text += f", control {by_metric['control_time'].median:.1f} us"
     return text if time.rel_err is None else f"{text}, rel_err {time.rel_err:.1e}"
+
+
+def _duel(rival: Measurement, ours: Measurement, ratio: Measurement) -> str:
+    """The rival's time, ours, and how many times faster that is."""
+    spread = f"{ratio.p20:.3f}-{ratio.p80:.3f}, n={ratio.samples}"
+    text = f"{_short(rival.median)} us, STOF {_short(ours.median)} us: {ratio.median:.3f}x ({spread})"
+    return text + ("" if rival.exact else ", the rival without the mask")
 
 
 def _short(value: float) -> str:
@@ -209,15 +231,20 @@ def _facts(job: Measured, settings: dict[str, Any], machine: dict[str, Any]) -> 
         "reimplemented": spec.reimplemented,
         "machine": machine,
         "versions": environment.versions(),
-        "protocol": _PROTOCOL[machine["device"]].format(**asdict(job.budget))
-        + _MORE.get(spec.kind, "")
-        + (_SHARED[spec.kind == MODEL and spec.id in TOGETHER] if turns().active else ""),
+        "protocol": _protocol(job, machine["device"]),
         "seed": settings.get("seed", 0),
         "settings": settings,
         "code": {"digest": code_digest(depends), "parts": {name: code_digest([name]) for name in depends}},
         "build": _build_facts(depends, machine),
         "commit": environment.git_commit(),
     }
+
+
+def _protocol(job: Measured, device: str) -> str:
+    known, kind = experiments.get(job.experiment), job.method.kind
+    text = (_DUEL if known.against else _PROTOCOL)[device].format(**asdict(job.budget)) + _MORE.get(kind, "")
+    beside = None if known.by_cell else kind == MODEL and job.method.id in TOGETHER
+    return text + (_SHARED[beside] if turns().active else "")
 
 
 def _build_facts(depends: tuple[str, ...], machine: dict[str, Any]) -> dict[str, Any] | None:

@@ -49,6 +49,7 @@ _SPECS = (
     FigureSpec("table4", "Tuning time", ("tuning_cost",), "table4.rst"),
     FigureSpec("crossover", "Row-wise or block-wise", ("planner",), "crossover.rst"),
     FigureSpec("scaling", "Time over the kept pairs and over the length", ("scaling",), "scaling.rst"),
+    FigureSpec("duel", "Close cells, turn by turn", ("duel",), "duel.rst"),
     FigureSpec("masks", "The masks and their tiles", (), "masks.rst"),
 )
 FIGURES: dict[str, FigureSpec] = {spec.id: spec for spec in _SPECS}
