@@ -36,7 +36,7 @@ record: bootstrap  ## promote measured rows to recorded ones: make record GPU=h2
 stale: bootstrap  ## list recorded rows that were measured with older code
 	@python -m stof_kernels.benchmarking stale
 
-duel: bootstrap  ## measure close cells again, both methods in one process: make duel CELLS=causal:1x2048,document:1x512 METHODS="stof fa2"
+duel: bootstrap  ## measure close cells again, both methods in one process: make duel CELLS=causal:1x2048,mha_long:document:1x8192 METHODS="stof fa2"
 	@test -n "$(CELLS)" || { echo "make duel: which cells? make duel CELLS=causal:1x2048" >&2; exit 2; }
 	@python -m stof_kernels.benchmarking duel $(CELLS) $(METHODS)
 
