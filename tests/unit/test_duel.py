@@ -128,7 +128,8 @@ def test_close_recorded_cells_are_duels() -> None:
             found = times[cell.problem.pattern.family, cell.problem.batch, cell.problem.q_len]
             best = min((row for name, row in found.items() if name != "stof"), key=lambda row: row.median)
             if best.median < 1.05 * found["stof"].median:
-                assert (f"{experiment}:{cell.key}", best.method) in fought, cell.key
+                name = f"{experiment}:{cell.key}"
+                assert (name, best.method) in fought, f"{name} against {best.method}: add it to duel.fights"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,19 @@ def test_every_attention_experiment_has_a_table(finished) -> None:
     assert all("no measured rates" in line for line in floors[1:])  # what a CPU can do is not in the table of GPUs
 
 
+def test_close_cells_are_fought_for(finished) -> None:
+    rows = read_rows(finished.path / "results" / "tables" / "duel.csv")
+    assert {(row.method, row.operator, row.mask) for row in rows} == {("torch_native", "mha", "causal")}
+    assert [(row.seq_len, row.metric, row.status) for row in rows] == [
+        (length, metric, "ok") for length in (32, 48) for metric in ("device_time", "stof_time", "speedup")
+    ]
+    lines = (finished.path / "results" / "duel.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3
+    provenance = json.loads((finished.path / "results/measured/cpu/duel/torch_native.provenance.json").read_text())
+    assert provenance["settings"]["cells"] == ["mha:causal:1x32", "mha:causal:1x48"]
+    assert provenance["build"]["target"] == "cpu"
+
+
 def test_second_run_does_nothing(finished) -> None:
     before = contents(finished.path / "results")
     assert "Nothing to be done" in finished.snakemake("--cores", "1", "all", *TINY)
@@ -108,13 +121,16 @@ def test_code_edits_plan_what_depends_on_them_in_one_go(finished) -> None:
     library = "kernels/csrc/bindings/library.cpp"
     original = (finished.path / "src" / "stof_kernels" / library).read_text(encoding="utf-8")
     append(library, "\nstatic const int unused [[maybe_unused]] = 1;\n")
-    # stof alone runs the library, in every experiment that measures it.
+    # stof alone runs the library, in every experiment that measures it, and beside its rival in the duels.
     tiny = yaml.safe_load((finished.path / "tiny.yaml").read_text(encoding="utf-8"))["experiments"]
-    assert planned() == {"build_extension": 1, "bench": sum("stof" in section["methods"] for section in tiny.values())}
+    assert planned() == {
+        "build_extension": 1,
+        "bench": sum("stof" in section.get("methods", ["stof"]) for section in tiny.values()),
+    }
     (finished.path / "src" / "stof_kernels" / library).write_text(original, encoding="utf-8")
     assert planned() == {}  # a revert finds the old build
     append("baselines/torch_native.py", "\nUNUSED = 1\n")
-    assert planned() == {"bench": 1}
+    assert planned() == {"bench": 2}  # alone and in its duel
     append("benchmarking/timing.py", "\nUNUSED = 1\n")
     assert planned()["bench"] >= 2  # everything that is timed
 
@@ -122,7 +138,7 @@ def test_code_edits_plan_what_depends_on_them_in_one_go(finished) -> None:
 def test_settings_plan_only_measurements(finished) -> None:
     finished.edit("tiny.yaml", "head_dim: 16", "head_dim: 24")
     jobs = finished.planned("all", *TINY)
-    assert jobs["bench"] == 3  # the methods of mha, not the planner's job
+    assert jobs["bench"] == 4  # the methods of mha and the duel for its cells, not the planner's job
     assert "build_extension" not in jobs
     assert not [rule for rule in jobs if rule in ("plot_fig11", "plot_masks")]
 
