@@ -463,7 +463,7 @@ def test_the_figure_says_who_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first, second = ([text.get_text() for text in page.figure.findobj(Text)] for page in pages)
     text = " ".join(" ".join(first).split())
     assert "NVIDIA H200 · recorded 2026-11-23" in text
-    assert "FlashAttention-4: 3 cells, STOF faster in 1, slower in 1, 1 ties" in text
+    assert "FlashAttention-4: 3 cells, STOF faster in 1, slower in 1, 1 tie," in text
     assert "u = not supported" in text
     assert "1.000 =" in first
     assert "‡ measured with an older version of the code: FlashAttention-4" in text

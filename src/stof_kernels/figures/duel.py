@@ -33,7 +33,7 @@ _MARKS = {
     "sdpa": "X",
 }
 _ROWS = 30  # of one column of the page
-_GROUP = 1.3  # room of a group's title, in rows
+_GROUP = 1.5  # room of a group's title, in rows
 _SMALL = 6.5  # points
 _TIE = "tie"
 
@@ -178,7 +178,7 @@ def _draw(page: Page, fights: Sequence[_Fight], index: int, columns: int, span: 
     for i, fight in enumerate(fights):
         if _starts(fights, i):
             ax.annotate(
-                _title(fight.rival), (0, y + 0.6), xycoords=ax.get_yaxis_transform(), xytext=(2 - label * 72, 0),
+                _title(fight.rival), (0, y + 0.5), xycoords=ax.get_yaxis_transform(), xytext=(2 - label * 72, 0),
                 textcoords="offset points", fontsize=_SMALL + 0.5, weight="bold", va="center", annotation_clip=False,
             )  # fmt: skip
             y += _GROUP
@@ -199,7 +199,8 @@ def _one(ax: Axes, fight: _Fight, y: float) -> None:
     ax.annotate(_name(fight.rival), (0, y), xytext=(-4, 0), ha="right", annotation_clip=False, **side)
     if not fight.verdict:
         letter = cells.REASONS[fight.rival.status][0]
-        ax.plot(1, y, marker=f"${letter}$", color="#555555", markersize=4.5)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        ax.text(1, y, letter, ha="center", va="center", fontsize=_SMALL, style="italic", bbox=box)
         return
     ratio = fight.ratio
     low, high = ratio.p20 or ratio.median, ratio.p80 or ratio.median  # type: ignore[union-attr]
@@ -258,9 +259,10 @@ def _count(held: Sequence[_Fight]) -> str:
     for method in in_order({fight.rival.method for fight in held}, METHODS):
         own = [fight for fight in held if fight.rival.method == method]
         won, lost = (sum(f.verdict == who for f in own) for who in ("stof", method))
+        ties = len(own) - won - lost
         mean = cells.geomean(f.ratio.median for f in own)  # type: ignore[union-attr]
         parts.append(
-            f"{look(method).label}: {len(own)} cells, STOF faster in {won}, slower in {lost}, {len(own) - won - lost} ties, "
+            f"{look(method).label}: {len(own)} cells, STOF faster in {won}, slower in {lost}, {ties} tie{'s' * (ties != 1)}, "
             f"geometric mean {mean:.3f}x"
         )
     return f"Against {'; '.join(parts)}."
