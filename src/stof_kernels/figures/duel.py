@@ -180,6 +180,7 @@ def _draw(page: Page, fights: Sequence[_Fight], index: int, columns: int, span: 
             ax.annotate(
                 _title(fight.rival), (0, y + 0.5), xycoords=ax.get_yaxis_transform(), xytext=(2 - label * 72, 0),
                 textcoords="offset points", fontsize=_SMALL + 0.5, weight="bold", va="center", annotation_clip=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
             )  # fmt: skip
             y += _GROUP
         _one(ax, fight, y)
@@ -236,9 +237,9 @@ def _caption(page: GpuPage, rows: Sequence[Measurement], fights: Sequence[_Fight
     held = [fight for fight in fights if fight.verdict]
     turns = [fight.ratio.samples for fight in held if fight.ratio and fight.ratio.samples]
     paragraphs = [
-        "Cells of other experiments in which STOF and a rival are close, measured again: both in one process, on the same "
-        f"tensors, turn by turn ({_range(turns)} turns each), so that the clock, which differs from card to card and from "
-        "moment to moment, is the same for both. The ratio is that of the medians of two neighbouring turns: mark, median over "
+        "Cells of other experiments, the close ones where any are, measured again: STOF and a rival in one process, on "
+        f"the same tensors, turn by turn ({_range(turns)} turns each), so that the clock, which differs from card to card and "
+        "from moment to moment, is the same for both. The ratio is that of the medians of two neighbouring turns: mark, median over "
         'turns; line, 20th to 80th percentile. "=": 1 lies between these, a tie.',
         _count(held),
         _gaps(fights),
