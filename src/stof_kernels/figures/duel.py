@@ -237,10 +237,10 @@ def _caption(page: GpuPage, rows: Sequence[Measurement], fights: Sequence[_Fight
     held = [fight for fight in fights if fight.verdict]
     turns = [fight.ratio.samples for fight in held if fight.ratio and fight.ratio.samples]
     paragraphs = [
-        "Cells of other experiments, the close ones where any are, measured again: STOF and a rival in one process, on "
-        f"the same tensors, turn by turn ({_range(turns)} turns each), so that the clock, which differs from card to card and "
-        "from moment to moment, is the same for both. The ratio is that of the medians of two neighbouring turns: mark, median over "
-        'turns; line, 20th to 80th percentile. "=": 1 lies between these, a tie.',
+        "Cells of other experiments, the close ones where any are, measured again: STOF and a rival in one process, on the "
+        f"same tensors, turn by turn ({_range(turns)} turns each), so that the clock, which differs from card to card and "
+        "from moment to moment, is the same for both. The ratio is that of the medians of two neighbouring turns: mark, "
+        'median over turns; line, 20th to 80th percentile. "=": 1 lies between these, a tie.',
         _count(held),
         _gaps(fights),
         captions.stale(page, {fight.rival.method for fight in fights}),
