@@ -74,7 +74,8 @@ class Instance:
 @dataclass(frozen=True)
 class HopperTile:
     """Template arguments of one instantiation of the Hopper kernel: ``sets`` of ``share`` warpgroups, each set with a ring of
-    ``slots`` tiles of keys or values; ``registers`` of a thread that multiplies."""
+    ``slots``; ``registers`` of a thread that multiplies. A slot has the keys of a tile and the values of the tile before if
+    ``paired``, else the one or the other."""
 
     shape: str
     dim: int
@@ -82,14 +83,15 @@ class HopperTile:
     share: int
     slots: int
     registers: int
+    paired: bool
 
     defined_by: ClassVar[tuple[str, str]] = ("hopper_run.cuh", "STOF_HOPPER")
     """Header and macro that define a launcher."""
 
     @property
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[int | str, ...]:
         """Of the macro, behind name and type."""
-        return self.dim, self.sets, self.share, self.slots, self.registers
+        return self.dim, self.sets, self.share, self.slots, self.registers, str(self.paired).lower()
 
     @property
     def q_tile(self) -> int:
@@ -100,7 +102,7 @@ class HopperTile:
     def shared_bytes(self) -> int:
         """Shared memory of a block: queries, ring and bitmaps of each set, then barriers, and what alignment may take."""
         row = -(-self.dim // 64) * 128
-        one = self.q_tile * row + self.slots * (64 * row + self.q_tile * 8)
+        one = self.q_tile * row + self.slots * ((2 if self.paired else 1) * 64 * row + self.q_tile * 8)
         return self.sets * -(-one // 1024) * 1024 + 1536 + 1024
 
 
@@ -174,10 +176,11 @@ _TILES = (
 )
 
 
+# Pairs need room for three slots, which 128 dims have only where two warpgroups share a ring.
 _HOPPER_TILES = (
-    HopperTile("hopper", 64, sets=3, share=1, slots=7, registers=152),
-    HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224),
-    HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
+    HopperTile("hopper", 64, sets=3, share=1, slots=4, registers=152, paired=True),
+    HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224, paired=False),
+    HopperTile("hopper_pair", 128, sets=1, share=2, slots=5, registers=224, paired=True),
 )
 _HOPPER_SPLIT_TILES = (
     HopperSplitTile("hopper_split", 64, groups=2, stages=4),
