@@ -22,9 +22,11 @@ class HopperProducer {
     // Items come longest first. The first is dealt; what follows goes to whoever is ready, or, where nothing counts, backwards
     // and forwards in turn, so that no set gets the longest of each round.
     const int units = items * layout.copies, sets = C::kSets * gridDim.x;
+    const int group = static_cast<int>(layout.group_copies.divisor);
+    const StayingOrder order{items, group < layout.copies ? __ldg(layout.header + 7) : 0, layout.copies, group};
     int unit = set * gridDim.x + blockIdx.x;
     for (int other = 2 * sets - 1 - unit; unit < units;) {
-      bring(assigned(unit, items));
+      bring(order.at(unit));
       if (layout.next_unit != nullptr) {
         unit = sets + atomicAdd(layout.next_unit, 1);
       } else {
@@ -45,15 +47,6 @@ class HopperProducer {
   const Control control;
   uint32_t query_parity = 0;
   RingPlace<C::kSlots> place;
-
-  // Copies of the mask go in groups whose keys fit in L2; inside a group the longest items of all its copies come first.
-  __device__ Assignment assigned(int unit, int items) const {
-    const int group_copies = static_cast<int>(layout.group_copies.divisor);
-    const int group = unit / (items * group_copies), index = unit - group * items * group_copies;
-    const int first_copy = group * group_copies, side = min(group_copies, layout.copies - first_copy);
-    const int item = index / side;
-    return {item, first_copy + index - item * side};
-  }
 
   __device__ void bring(const Assignment& mine) {
     const int4* item = reinterpret_cast<const int4*>(layout.items + static_cast<int64_t>(mine.item) * kItemInts);

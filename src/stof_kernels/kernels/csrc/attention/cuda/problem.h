@@ -57,7 +57,8 @@ struct Problem {
 // {query tile of the plane, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, plane, 0, the first
 //  key tile's four runs}
 constexpr int kItemInts = 12;
-// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
+// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, leading items: those
+//  more than twice as long as the mean}
 constexpr int kHeaderInts = 8;
 // Ints of a combine entry: {query tile of the plane, first part, parts, plane}
 constexpr int kCombineInts = 4;
