@@ -11,13 +11,14 @@ from stof_kernels.kernels import raw
 
 pytestmark = pytest.mark.gpu
 
-ROW_WISE, WIDE, LARGE, SPLIT, HOPPER, HOPPER_PAIR, HOPPER_SPLIT, HOPPER_QUAD = range(8)
+ROW_WISE, WIDE, LARGE, SPLIT, HOPPER, HOPPER_PAIR, HOPPER_SPLIT, HOPPER_QUAD, HOPPER_TWIN = range(9)
 KERNELS = {"row_wise": (ROW_WISE, 64, 0), "wide": (WIDE, 64, 0), "cut": (WIDE, 64, 2),
            "large": (LARGE, 128, -1), "split": (SPLIT, 64, 0), "split_cut": (SPLIT, 64, 3),
            "hopper": (HOPPER, 64, 0), "hopper_cut": (HOPPER, 64, 2), "hopper_pair": (HOPPER_PAIR, 128, 0),
            "hopper_pair_cut": (HOPPER_PAIR, 128, 2), "hopper_split": (HOPPER_SPLIT, 64, 0),
            "hopper_split_cut": (HOPPER_SPLIT, 64, 5), "hopper_quad": (HOPPER_QUAD, 64, 0),
-           "hopper_quad_cut": (HOPPER_QUAD, 64, 9)}  # fmt: skip
+           "hopper_quad_cut": (HOPPER_QUAD, 64, 9), "hopper_twin": (HOPPER_TWIN, 64, 0),
+           "hopper_twin_cut": (HOPPER_TWIN, 64, 7)}  # fmt: skip
 TOLERANCE = {torch.float16: 7e-4, torch.bfloat16: 6e-3}
 
 
@@ -91,7 +92,7 @@ def poisoned():
 
 def exists(kernel, dim):
     if kernel.startswith("hopper"):
-        short = kernel.startswith(("hopper_split", "hopper_quad"))
+        short = kernel.startswith(("hopper_split", "hopper_quad", "hopper_twin"))
         return dim <= (64 if short else 128) and torch.cuda.get_device_capability() == (9, 0)
     return kernel != "large" or dim <= 128
 
