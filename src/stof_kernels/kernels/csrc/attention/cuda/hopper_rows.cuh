@@ -124,6 +124,21 @@ class HopperRows {
     return fits;
   }
 
+  // Rows whose first keys are in this tile get their maximum now: nothing was summed that would have to follow it. Behind
+  // mask_scores(), for a full tile comes before all partial ones and leaves no row without keys.
+  __device__ __forceinline__ void meet_first_keys(const Scores& s) {
+    if (!__any_sync(0xffffffffu, shift[0] == kEmpty || shift[1] == kEmpty)) return;
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 2; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+      if (shift[r] == kEmpty && top[r] != -INFINITY) shift[r] = -top[r] * p.scale_log2;
+    }
+  }
+
   // Softmax relative to the maximum so far; what was summed before must be multiplied by `factor`.
   __device__ void exact_softmax(Scores& s) {
     float top[2] = {-INFINITY, -INFINITY}, sum[2];
