@@ -75,7 +75,8 @@ class Instance:
 class HopperTile:
     """Template arguments of one instantiation of the Hopper kernel: ``sets`` of ``share`` warpgroups, each set with a ring of
     ``slots``; ``registers`` of a thread that multiplies. A slot has the keys of a tile and the values of the tile before if
-    ``paired``, else the one or the other."""
+    ``paired``, else the one or the other. ``first_keys``: rows whose first keys come in a later tile start there, which else
+    takes the tile's products twice."""
 
     shape: str
     dim: int
@@ -84,6 +85,7 @@ class HopperTile:
     slots: int
     registers: int
     paired: bool
+    first_keys: bool = False
 
     defined_by: ClassVar[tuple[str, str]] = ("hopper_run.cuh", "STOF_HOPPER")
     """Header and macro that define a launcher."""
@@ -91,7 +93,8 @@ class HopperTile:
     @property
     def arguments(self) -> tuple[int | str, ...]:
         """Of the macro, behind name and type."""
-        return self.dim, self.sets, self.share, self.slots, self.registers, str(self.paired).lower()
+        flags = (str(flag).lower() for flag in (self.paired, self.first_keys))
+        return self.dim, self.sets, self.share, self.slots, self.registers, *flags
 
     @property
     def q_tile(self) -> int:

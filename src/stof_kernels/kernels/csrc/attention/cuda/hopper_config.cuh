@@ -11,7 +11,8 @@
 
 namespace stof::cuda {
 
-template <typename T_, int kDim_, int kSets_, int kShare_, int kSlots_, int kRegisters_, bool kPaired_>
+template <typename T_, int kDim_, int kSets_, int kShare_, int kSlots_, int kRegisters_, bool kPaired_,
+          bool kFirstKeys_>
 struct HopperConfig {
   using T = T_;
   static constexpr int kDim = kDim_;              // head dim, padded: 64 or 128
@@ -20,6 +21,7 @@ struct HopperConfig {
   static constexpr int kSlots = kSlots_;          // of a set's ring
   static constexpr int kRegisters = kRegisters_;  // of a thread that multiplies
   static constexpr bool kPaired = kPaired_;       // keys of a tile and values of the tile before in one slot
+  static constexpr bool kFirstKeys = kFirstKeys_;  // rows that meet their first keys late do not make the tile again
 
   static constexpr int kRows = kShare * 64;  // query tile
   static constexpr int kKeys = 64;           // key tile
@@ -69,32 +71,16 @@ struct HopperControl {
   __device__ __forceinline__ uint32_t empty(int slot) const { return base + 80 + 8 * kSlots + 8 * slot; }
 
   __device__ __forceinline__ void put(uint32_t lap, const HopperItem& i) const {
-    const uint32_t at = base + lap * 32;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(at), "r"(i.tiles), "r"(i.full_tiles), "r"(i.row0), "r"(i.part)
-                 : "memory");
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};\n" ::"r"(at + 16), "r"(i.batch), "r"(i.head), "r"(i.copy) : "memory");
+    store_shared(base + lap * 32, make_int4(i.tiles, i.full_tiles, i.row0, i.part));
+    store_shared(base + lap * 32 + 16, make_int4(i.batch, i.head, i.copy, 0));
   }
 
   // What the work on an item needs, and the rest.
-  __device__ __forceinline__ int2 lengths(uint32_t lap) const {
-    int2 i;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(i.x), "=r"(i.y) : "r"(base + lap * 32) : "memory");
-    return i;
-  }
+  __device__ __forceinline__ int2 lengths(uint32_t lap) const { return load_shared2(base + lap * 32); }
 
   __device__ __forceinline__ HopperItem get(uint32_t lap) const {
-    HopperItem i;
-    int unused;
-    const uint32_t at = base + lap * 32;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(i.tiles), "=r"(i.full_tiles), "=r"(i.row0), "=r"(i.part)
-                 : "r"(at)
-                 : "memory");
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(i.batch), "=r"(i.head), "=r"(i.copy), "=r"(unused)
-                 : "r"(at + 16)
-                 : "memory");
-    return i;
+    const int4 work = load_shared4(base + lap * 32), place = load_shared4(base + lap * 32 + 16);
+    return {work.z, work.x, work.y, work.w, place.x, place.y, place.z};
   }
 };
 

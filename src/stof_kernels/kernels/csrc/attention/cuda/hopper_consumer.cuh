@@ -63,6 +63,12 @@ class HopperConsumer {
     return slot;
   }
 
+  // By the bitmap of a slot.
+  __device__ __forceinline__ void mask(Scores& s, int slot) {
+    rows.mask_scores(s, words_at(slot));
+    if constexpr (C::kFirstKeys) rows.meet_first_keys(s);
+  }
+
   __device__ void work(int tiles, int full_tiles) {
     rows.start();
     if (tiles == 0) {
@@ -109,7 +115,7 @@ class HopperConsumer {
     last.slot = advance();
     products_wait<1>();
     pin_registers(s);
-    if (tile >= full_tiles) rows.mask_scores(s, words_at(last.slot));
+    if (tile >= full_tiles) mask(s, last.slot);
     rows.exponentials(s, last.sum);
     rows.pack(s, after);
   }
@@ -160,7 +166,7 @@ class HopperConsumer {
       both = full_after();
       products_wait<1>();
       pin_registers(s);
-      if (tile >= full_tiles) rows.mask_scores(s, words_at(keys));
+      if (tile >= full_tiles) mask(s, keys);
       float sum[2];
       rows.exponentials(s, sum);
       const bool fits = rows.add(sum);

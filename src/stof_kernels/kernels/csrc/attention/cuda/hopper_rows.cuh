@@ -94,8 +94,7 @@ class HopperRows {
 
   // Removed positions become -inf. `words`: a tile's bitmap, one word a thread in accumulator order.
   __device__ __forceinline__ void mask_scores(Scores& s, uint32_t words) const {
-    uint32_t word;
-    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(words + (warp * 32 + lane) * 4));
+    const uint32_t word = load_shared(words + (warp * 32 + lane) * 4);
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = (word >> i) & 1u ? s[i] : -INFINITY;
   }
