@@ -15,10 +15,11 @@ template <class C>
 class HopperSplit {
   using Scores = typename HopperRows<C>::Scores;
   using Item = HopperSplitItem<C>;
+  using Operand = typename HopperRows<C>::Operand;
 
  public:
   __device__ HopperSplit(const Problem& p, const BlockLayout& layout, const HopperMaps& maps, uint32_t memory)
-      : p(p), layout(layout), maps(maps), memory(memory), own_memory(memory + own_group() * C::kGroupBytes), item{memory},
+      : p(p), layout(layout), maps(maps), memory(memory), own_memory(memory + own_warpgroup() * C::kGroupBytes), item{memory},
         warp((threadIdx.x >> 5) & 3), lane(threadIdx.x & 31), rows(p, warp) {}
 
   // What needs nothing that an earlier kernel writes, but the layout. `may_share`: the other block of the cluster has the same
@@ -27,16 +28,16 @@ class HopperSplit {
     const int4* from = reinterpret_cast<const int4*>(layout.items + static_cast<int64_t>(mine.item) * kItemInts);
     const int4 head = __ldg(from), more = __ldg(from + 1);
     const bool shared = C::kShares && may_share && head.z >= C::kLeastShared;
-    if (C::kShares && may_share && !shared && item.rank() > 0) return false;
-    const int dealt = shared ? 2 * C::kGroups : C::kGroups, group = shared ? own_group() * 2 + item.rank() : own_group();
+    if (C::kShares && may_share && !shared && cluster_rank() > 0) return false;
+    const int dealt = shared ? 2 * C::kGroups : C::kGroups, group = shared ? own_warpgroup() * 2 + cluster_rank() : own_warpgroup();
     own = own_of(head.z, group, dealt);
     const int thread = warp * 32 + lane;
-    if (thread < C::kColumns && thread < own) Item::put_shared(columns() + thread * 16, column(head.y + group + thread * dealt));
+    if (thread < C::kColumns && thread < own) store_shared(columns() + thread * 16, column(head.y + group + thread * dealt));
     if (threadIdx.x == 64) {
       const Instance at = instance_of(p, more.z, mine.copy);
-      Item::put_shared(item.where(), make_int4(head.x * C::kRows, at.batch, at.head, at.kv_head));
-      Item::put_shared(item.where() + 16, make_int4(head.y, more.y - more.x, head.w, mine.copy));
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(item.tiles_at()), "r"(head.z), "r"(dealt) : "memory");
+      store_shared(item.where(), make_int4(head.x * C::kRows, at.batch, at.head, at.kv_head));
+      store_shared(item.where() + 16, make_int4(head.y, more.y - more.x, head.w, mine.copy));
+      store_shared(item.tiles_at(), make_int2(head.z, dealt));
       barrier_init(item.query_full(), 1);
       if (shared) {
         barrier_init(item.inbox_full(), 1);
@@ -44,7 +45,7 @@ class HopperSplit {
       }
     }
     if (thread == 96) {
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(dealt_at()), "r"(own_of(more.x, group, dealt)), "r"(group) : "memory");
+      store_shared(dealt_at(), make_int2(own_of(more.x, group, dealt), group));
       for (int s = 0; s < C::kStages; ++s) {
         barrier_init(full(s, 0), 1), barrier_init(full(s, 1), 1);
         barrier_init(empty(s, 0), 4), barrier_init(empty(s, 1), 4);
@@ -54,7 +55,7 @@ class HopperSplit {
     if (thread < 5) prefetch_map(&maps.q + thread);
     __syncthreads();
     // The other block may send from here on; it looks before it does (HopperJoin::join_half).
-    if (shared) asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+    if (shared) cluster_arrive();
     return true;
   }
 
@@ -96,10 +97,11 @@ class HopperSplit {
       rows.finish();
       return;
     }
+    Operand probability;
     barrier_wait(item.query_full(), 0);
     rows.load_queries(memory + C::kQueriesAt);
     barrier_wait(full(0, 0), 0);
-    rows.first_tile(slot(0, 0), is_partial(0), words(0));
+    rows.first_tile(slot(0, 0), is_partial(0), words(0), probability);
     release(0, 0);
 #pragma unroll 1
     for (int i = 1; i < own; ++i) {
@@ -108,24 +110,26 @@ class HopperSplit {
       Scores s;
       rows.start_scores(s, slot(i, 0));
       barrier_wait(full(i - 1, 1), parity(i - 1));
-      rows.start_output(slot(i - 1, 1), i == 1);
+      rows.start_output(slot(i - 1, 1), probability, i == 1);
       products_wait<1>();
       pin_registers(s);
       if (partial) {
         rows.mask_scores(s, words(i));
         if constexpr (C::kFirstKeys) rows.meet_first_keys(s);
       }
-      const bool fits = rows.softmax(s);
+      float sum[2];
+      rows.exponentials(s, sum);
+      const bool fits = rows.add(sum);
       pin_registers(s);
       products_wait<0>();  // where no warp has parted from the others
       pin_registers(rows.o);
-      if (fits) rows.pack(s);
-      else rows.repeat_tile(slot(i, 0), partial, words(i));
+      if (fits) rows.pack(s, probability);
+      else rows.repeat_tile(slot(i, 0), partial, words(i), probability);
       release(i, 0);
       release(i - 1, 1);
     }
     barrier_wait(full(own - 1, 1), parity(own - 1));
-    rows.start_output(slot(own - 1, 1), own == 1);
+    rows.start_output(slot(own - 1, 1), probability, own == 1);
     rows.finish();
     products_wait<0>();
     pin_registers(rows.o);
@@ -133,9 +137,9 @@ class HopperSplit {
 
   // Joins what the warpgroups have, in their order, and writes it.
   __device__ void finish() {
-    const int tiles = item.tiles().x, group = own_group();
+    const int tiles = item.tiles().x, group = own_warpgroup();
     const bool shared = item.is_shared();
-    const int active = min(max(shared ? (tiles + 1 - item.rank()) >> 1 : tiles, 1), C::kGroups);
+    const int active = min(max(shared ? (tiles + 1 - cluster_rank()) >> 1 : tiles, 1), C::kGroups);
     const HopperJoin<C> join(p, layout, memory);
     if (group < active) {
       warpgroup_barrier(group);  // all its warps are done with the tiles
@@ -156,15 +160,6 @@ class HopperSplit {
   HopperRows<C> rows;
   int own;  // tiles of this warpgroup: of the item's the one with its number, and then every one that far on as it is dealt to groups
 
-  // Its number in the block. Read anew where it is needed: the loop has no register to keep it in. Of whole warps.
-  static __device__ int own_group() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return __shfl_sync(0xffffffffu, thread >> 7, 0);
-  }
-
-  static __device__ void warpgroup_barrier(int group) { asm volatile("bar.sync %0, 128;\n" ::"r"(group + 1) : "memory"); }
-
   // Of this warpgroup's tile `i`.
   static __device__ int stage(int i) { return static_cast<unsigned>(i) % C::kStages; }
   static __device__ uint32_t parity(int i) { return static_cast<unsigned>(i) / C::kStages & 1; }
@@ -176,11 +171,7 @@ class HopperSplit {
 
   // Of this warpgroup: how many of its tiles are full, which come first, and its number among those that share the item.
   __device__ uint32_t dealt_at() const { return own_memory + C::kBarriersAt + C::kStages * 32; }
-  __device__ int2 dealt() const {
-    int2 x;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(dealt_at()) : "memory");
-    return x;
-  }
+  __device__ int2 dealt() const { return load_shared2(dealt_at()); }
   // Whether its tile `i` has a bitmap; whether that comes with what is said here.
   __device__ bool is_partial(int i) const { return i >= dealt().x; }
   __device__ bool has_words(int i, int is_value) const { return is_value == 0 && is_partial(i); }
@@ -200,7 +191,7 @@ class HopperSplit {
   };
   __device__ Source source(int i) const {
     Source from{item.place(), item.more(), {}};
-    from.runs = i < C::kColumns ? Item::get_shared(columns() + i * 16) : column(from.more.x + number(i));
+    from.runs = i < C::kColumns ? load_shared4(columns() + i * 16) : column(from.more.x + number(i));
     return from;
   }
 

@@ -1,6 +1,7 @@
 // Block-wise attention on Hopper for short calls: numbers of one instantiation, and where what lies in shared memory.
 #pragma once
 
+#include "hopper_cluster.cuh"
 #include "hopper_config.cuh"
 
 namespace stof::cuda {
@@ -60,32 +61,16 @@ struct HopperSplitItem {
 
   // {first row, batch, head, head of keys}, {first key tile, what a tile's number is added to for its bitmap, part or -1, copy}.
   __device__ uint32_t where() const { return memory + C::kItemAt; }
-  __device__ int4 place() const { return get_shared(where()); }
-  __device__ int4 more() const { return get_shared(where() + 16); }
+  __device__ int4 place() const { return load_shared4(where()); }
+  __device__ int4 more() const { return load_shared4(where() + 16); }
 
   __device__ uint32_t tiles_at() const { return where() + 32; }
   // Its key tiles, and how many warpgroups they are dealt to.
-  __device__ int2 tiles() const {
-    int2 x;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(x.x), "=r"(x.y) : "r"(tiles_at()) : "memory");
-    return x;
-  }
+  __device__ int2 tiles() const { return load_shared2(tiles_at()); }
   __device__ bool is_shared() const { return C::kShares && tiles().y > C::kGroups; }
 
   __device__ uint32_t query_full() const { return where() + 40; }
   __device__ uint32_t inbox_full() const { return where() + 48; }
-
-  // The block's number in its cluster.
-  static __device__ int rank() { return static_cast<int>(blockIdx.x) & 1; }
-
-  static __device__ void put_shared(uint32_t address, const int4& x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-  }
-  static __device__ int4 get_shared(uint32_t address) {
-    int4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-    return x;
-  }
 };
 
 }  // namespace stof::cuda

@@ -22,8 +22,8 @@ class HopperJoin {
       const uint32_t to = result_at(group, warp * 16 + r * 8 + (lane >> 2));
 #pragma unroll
       for (int n = 0; n < C::kDim / 8; ++n)
-        put_pair(to + (lane & 3) * 8 + n * 32, rows.o[n * 4 + r * 2], rows.o[n * 4 + r * 2 + 1]);
-      if ((lane & 3) == 0) put_pair(to + C::kDim * 4, rows.shift[r], rows.row_sum[r]);
+        store_shared(to + (lane & 3) * 8 + n * 32, make_float2(rows.o[n * 4 + r * 2], rows.o[n * 4 + r * 2 + 1]));
+      if ((lane & 3) == 0) store_shared(to + C::kDim * 4, make_float2(rows.shift[r], rows.row_sum[r]));
     }
   }
 
@@ -42,16 +42,16 @@ class HopperJoin {
   // block's shared memory count at its barrier, and are all that the two exchange: no block leaves before it got them.
   __device__ void join_half(int active) const {
     constexpr int kUnits = C::kSharedRows * C::kChunks;
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");  // the other one's barrier is there
+    cluster_wait();  // the other one's barrier is there
 #pragma unroll
     for (int first = 0; first < 2 * kUnits; first += C::kThreads) {
       const int thread = first + static_cast<int>(threadIdx.x), unit = thread % kUnits;
       const bool sends = thread < kUnits;
       const int row = unit / C::kChunks, chunk = unit % C::kChunks;
-      const int tile_row = (sends ? item.rank() ^ 1 : item.rank()) * C::kSharedRows + row;
+      const int tile_row = (sends ? cluster_rank() ^ 1 : cluster_rank()) * C::kSharedRows + row;
       Joined x = joined(tile_row, chunk, active);
       if (sends) {
-        send(x, unit, row, chunk);
+        send_half(x, unit, row, chunk);
       } else {
         const int4 place = item.place(), more = item.more();
         receive(x, unit, row);
@@ -78,20 +78,6 @@ class HopperJoin {
 
   __device__ uint32_t result_at(int group, int row) const { return memory + group * C::kGroupBytes + row * C::kResultRowBytes; }
 
-  static __device__ void put_pair(uint32_t address, float a, float b) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(a), "f"(b) : "memory");
-  }
-  static __device__ float2 get_pair(uint32_t address) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-    return x;
-  }
-  static __device__ float4 get_quad(uint32_t address) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
-    return x;
-  }
-
   // The sums of the warpgroups with tiles relative to their largest maximum.
   __device__ Joined joined(int row, int chunk, int active) const {
     const int turned = chunk >> 2 & 1;  // half of the threads read the second half first: no bank conflicts
@@ -100,7 +86,7 @@ class HopperJoin {
 #pragma unroll
     for (int g = 0; g < C::kGroups; ++g) {
       stat[g] = make_float2(-INFINITY, 0.f);
-      if (g < active) stat[g] = get_pair(result_at(g, row) + C::kDim * 4);
+      if (g < active) stat[g] = load_floats2(result_at(g, row) + C::kDim * 4);
       x.top = fmaxf(x.top, stat[g].x);
     }
     const float offset = x.top == -INFINITY ? 0.f : x.top;
@@ -110,7 +96,7 @@ class HopperJoin {
       const float weight = exp2_fast(stat[g].x - offset);
       x.sum = fmaf(stat[g].y, weight, x.sum);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) x.add(h * 4, get_quad(result_at(g, row) + chunk * 32 + (h ^ turned) * 16), weight);
+      for (int h = 0; h < 2; ++h) x.add(h * 4, load_floats4(result_at(g, row) + chunk * 32 + (h ^ turned) * 16), weight);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -128,53 +114,25 @@ class HopperJoin {
   }
   __device__ uint32_t inbox_stat(int row) const { return memory + C::kInboxAt + C::kSharedRows * C::kDim * 4 + row * 8; }
 
-  // The same place in the shared memory of the other block.
-  __device__ uint32_t there(uint32_t address) const {
-    uint32_t x;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(x) : "r"(address), "r"(item.rank() ^ 1));
-    return x;
-  }
-
-  __device__ void send(const Joined& x, int unit, int row, int chunk) const {
-    const uint32_t barrier = there(item.inbox_full());
+  __device__ void send_half(const Joined& x, int unit, int row, int chunk) const {
+    const uint32_t barrier = in_other_block(item.inbox_full());
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(
-                       there(inbox_half(unit, h))),
-                   "f"(x.o[h * 4]), "f"(x.o[h * 4 + 1]), "f"(x.o[h * 4 + 2]), "f"(x.o[h * 4 + 3]), "r"(barrier)
-                   : "memory");
-    if (chunk == 0)
-      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::"r"(
-                       there(inbox_stat(row))),
-                   "f"(x.top), "f"(x.sum), "r"(barrier)
-                   : "memory");
+      send(in_other_block(inbox_half(unit, h)), make_float4(x.o[h * 4], x.o[h * 4 + 1], x.o[h * 4 + 2], x.o[h * 4 + 3]), barrier);
+    if (chunk == 0) send(in_other_block(inbox_stat(row)), make_float2(x.top, x.sum), barrier);
   }
 
   // Adds what the other block has, once it is here.
   __device__ void receive(Joined& x, int unit, int row) const {
     barrier_wait_cluster(item.inbox_full(), 0);
-    const float2 other = get_pair(inbox_stat(row));
+    const float2 other = load_floats2(inbox_stat(row));
     const float top = fmaxf(x.top, other.x), offset = top == -INFINITY ? 0.f : top;
     const float keeps = exp2_fast(x.top - offset), adds = exp2_fast(other.x - offset);
     x.top = top, x.sum = fmaf(other.y, adds, x.sum * keeps);
 #pragma unroll
     for (int e = 0; e < 8; ++e) x.o[e] *= keeps;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) x.add(h * 4, get_quad(inbox_half(unit, h)), adds);
-  }
-
-  // As barrier_wait(), where other blocks of the cluster write what is waited for.
-  static __device__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra ready;\n"
-        "bra again;\n"
-        "ready:\n"
-        "}\n" ::"r"(barrier), "r"(parity)
-        : "memory");
+    for (int h = 0; h < 2; ++h) x.add(h * 4, load_floats4(inbox_half(unit, h)), adds);
   }
 
   // ---- to memory --------------------------------------------------------------------------------------------------------

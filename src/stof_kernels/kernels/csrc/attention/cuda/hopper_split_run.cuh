@@ -55,10 +55,10 @@ cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& la
     if (error != cudaSuccess) return error;
     const int64_t shared = std::clamp<int64_t>(units - items, 0, items), blocks = 2 * shared + (items - shared + 1) / 2 * 2;
     if (shared > 0)
-      return launch_overlapping<2>(kernel, dim3(static_cast<unsigned>(blocks)), C::kThreads, C::kSharedBytes, stream, problem,
+      return launch_overlapping<2>(kernel, dim3{static_cast<unsigned>(blocks)}, C::kThreads, C::kSharedBytes, stream, problem,
                                    layout, maps, static_cast<int>(shared));
   }
-  return launch_overlapping(kernel, dim3(static_cast<unsigned>(items)), C::kThreads, C::kSharedBytes, stream, problem, layout, maps, 0);
+  return launch_overlapping(kernel, dim3{static_cast<unsigned>(items)}, C::kThreads, C::kSharedBytes, stream, problem, layout, maps, 0);
 }
 
 }  // namespace stof::cuda
