@@ -19,7 +19,10 @@ __device__ __forceinline__ float2 load_floats2(uint32_t address) {
 }
 __device__ __forceinline__ float4 load_floats4(uint32_t address) {
   float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
   return x;
 }
 
@@ -31,7 +34,9 @@ __device__ __forceinline__ int own_warpgroup() {
 }
 
 // Of all threads of that warpgroup.
-__device__ __forceinline__ void warpgroup_barrier(int group) { asm volatile("bar.sync %0, 128;\n" ::"r"(group + 1) : "memory"); }
+__device__ __forceinline__ void warpgroup_barrier(int group) {
+  asm volatile("bar.sync %0, 128;\n" ::"r"(group + 1) : "memory");
+}
 
 // ---- clusters of two blocks ------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ class HopperSplit {
     const int4 head = __ldg(from), more = __ldg(from + 1);
     const bool shared = C::kShares && may_share && head.z >= C::kLeastShared;
     if (C::kShares && may_share && !shared && cluster_rank() > 0) return false;
-    const int dealt = shared ? 2 * C::kGroups : C::kGroups, group = shared ? own_warpgroup() * 2 + cluster_rank() : own_warpgroup();
+    const int dealt = shared ? 2 * C::kGroups : C::kGroups;
+    const int group = shared ? own_warpgroup() * 2 + cluster_rank() : own_warpgroup();
     own = own_of(head.z, group, dealt);
     const int thread = warp * 32 + lane;
     if (thread < C::kColumns && thread < own) store_shared(columns() + thread * 16, column(head.y + group + thread * dealt));
@@ -158,7 +159,7 @@ class HopperSplit {
   const Item item;
   const int warp, lane;
   HopperRows<C> rows;
-  int own;  // tiles of this warpgroup: of the item's the one with its number, and then every one that far on as it is dealt to groups
+  int own;  // tiles of this warpgroup: the item's are dealt in turn to the warpgroups that share it
 
   // Of this warpgroup's tile `i`.
   static __device__ int stage(int i) { return static_cast<unsigned>(i) % C::kStages; }

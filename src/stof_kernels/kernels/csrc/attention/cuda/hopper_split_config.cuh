@@ -6,7 +6,8 @@
 
 namespace stof::cuda {
 
-template <typename T_, int kDim_, int kGroups_, int kStages_, int kBlocksPerUnit_, bool kShares_, bool kEarly_, bool kFirstKeys_>
+template <typename T_, int kDim_, int kGroups_, int kStages_, int kBlocksPerUnit_, bool kShares_, bool kEarly_,
+          bool kFirstKeys_>
 struct HopperSplitConfig {
   using T = T_;
   static constexpr int kDim = kDim_;        // head dim, padded: 64 or 128

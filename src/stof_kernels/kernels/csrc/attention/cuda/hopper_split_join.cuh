@@ -13,7 +13,8 @@ class HopperJoin {
   using T = typename C::T;
 
  public:
-  __device__ HopperJoin(const Problem& p, const BlockLayout& layout, uint32_t memory) : p(p), layout(layout), memory(memory), item{memory} {}
+  __device__ HopperJoin(const Problem& p, const BlockLayout& layout, uint32_t memory)
+      : p(p), layout(layout), memory(memory), item{memory} {}
 
   // Results of a warpgroup's warp, once all its warps are done with their tiles.
   __device__ void hand_over(const HopperRows<C>& rows, int group, int warp, int lane) const {

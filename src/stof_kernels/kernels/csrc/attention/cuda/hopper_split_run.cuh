@@ -58,7 +58,8 @@ cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& la
       return launch_overlapping<2>(kernel, dim3{static_cast<unsigned>(blocks)}, C::kThreads, C::kSharedBytes, stream, problem,
                                    layout, maps, static_cast<int>(shared));
   }
-  return launch_overlapping(kernel, dim3{static_cast<unsigned>(items)}, C::kThreads, C::kSharedBytes, stream, problem, layout, maps, 0);
+  return launch_overlapping(kernel, dim3{static_cast<unsigned>(items)}, C::kThreads, C::kSharedBytes, stream, problem, layout, maps,
+                            0);
 }
 
 }  // namespace stof::cuda
