@@ -46,7 +46,7 @@ def library(tmp_path_factory):
     return emulated_library(folder, [folder / "hopper_short.cpp"], [folder], "-O1")
 
 
-@pytest.fixture(params=[(0, 7), (1, 8)], ids=["ascending", "descending"], scope="module")
+@pytest.fixture(params=[(0, 7, 1), (1, 8, 2)], ids=["ascending", "descending"], scope="module")
 def emulated(library, request):
     library.set_order(*request.param)
     return library
@@ -130,12 +130,12 @@ def test_as_many_items_are_shared_as_leave_a_multiprocessor_for_each_block(emula
 
 
 def test_heads_that_share_keys_and_the_same_bits_again(library, kernel):
-    library.set_order(0, 7)
+    library.set_order(0, 7, 2)
     q, k, v = draw(4, 2, 100, 260, 64)
     keep = torch.rand(100, 260) < 0.4
     result = attend(library, kernel, q, k, v, keep)
     assert_right(result, q, k, v, keep)
-    library.set_order(1, 99)
+    library.set_order(1, 99, 0)
     assert torch.equal(result[0], attend(library, kernel, q, k, v, keep)[0])
 
 

@@ -27,7 +27,9 @@ STOF_HOPPER_SPLIT(twin_new, __half, 64, 2, 2, 1, true, true, true)
 
 extern "C" {
 
-void set_order(int descending, int die) { simt::state().descending = descending != 0, simt::hopper().die = uint32_t(die); }
+void set_order(int descending, int die, int late) {
+  simt::state().descending = descending != 0, simt::hopper().die = uint32_t(die), late_block = late;
+}
 
 // sizes: batch, q_heads, kv_heads, q_len, kv_len, head_dim, items, multiprocessors, exact. q, k, v: (batch, heads, len, dim), out:
 // (batch, q_len, heads, dim), one mask for all. `kernel`: its place above.
