@@ -156,21 +156,6 @@ class HopperRows {
     for (int r = 0; r < 2; ++r) row_sum[r] = fmaf(row_sum[r], factor[r], sum[r]);
   }
 
-  // The same with the operands of one tile at a time, whose place is here.
-  __device__ __forceinline__ bool softmax(Scores& s) {
-    float sum[2];
-    exponentials(s, sum);
-    return add(sum);
-  }
-  __device__ void pack(const Scores& s) { pack(s, probability); }
-  __device__ void start_output(uint32_t from, bool first) { start_output(from, probability, first); }
-  __device__ __forceinline__ void first_tile(uint32_t keys, bool partial, uint32_t words) {
-    first_tile(keys, partial, words, probability);
-  }
-  __device__ __forceinline__ void repeat_tile(uint32_t keys, bool partial, uint32_t words) {
-    repeat_tile(keys, partial, words, probability);
-  }
-
   // After exact_softmax(), where a tile was done before.
   __device__ __forceinline__ void rescale_output() {
 #pragma unroll
@@ -260,7 +245,6 @@ class HopperRows {
  private:
   const Problem& p;
   const int warp, lane;
-  Operand probability;
   uint32_t q[C::kDim / 16][4];
   float factor[2];
 
