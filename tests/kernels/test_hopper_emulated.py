@@ -113,8 +113,8 @@ def masks(q_len, kv_len):
 
 def test_masks_and_many_items_a_block(emulated, kernel):
     dim = KERNELS[kernel][1]
-    q, k, v = draw(4, 2, 333, 401, dim - 8)
-    for keep, counted in zip(masks(333, 401), (False, True), strict=True):
+    q, k, v = draw(2, 1, 333, 273, dim - 8)
+    for keep, counted in zip(masks(333, 273), (False, True), strict=True):
         assert_right(attend(emulated, kernel, q, k, v, keep, counted=counted), q, k, v, keep)
 
 
