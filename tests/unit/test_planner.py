@@ -87,8 +87,8 @@ def test_shapes_for_short_calls_are_left_to_short_calls(batch, seq_len):
     assert chosen_on_h200(batch, seq_len) == "hopper"
 
 
-# As measured there, microseconds: hopper, hopper_split, hopper_quad, hopper_twin (only where all items can be shared). Where two
-# are within 4 % either will do.
+# As measured there, microseconds: hopper, hopper_split, hopper_quad, hopper_twin (where all items can be shared). Where two are
+# within 4 % either will do.
 @pytest.mark.parametrize(
     ("batch", "seq_len", "measured"),
     [
