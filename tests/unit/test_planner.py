@@ -13,6 +13,7 @@ from stof_kernels.formats import CELL
 from stof_kernels.kernels import instances
 from stof_kernels.planner import AttentionProblem, KernelConfig, MaskStats, choose, cpu_spec, paper_score
 from stof_kernels.planner.config import SHAPES
+from stof_kernels.planner.device import CUDA_BLOCK_COSTS
 from stof_kernels.provenance import PACKAGE_ROOT
 
 DEVICE = cpu_spec(2)
@@ -63,6 +64,9 @@ def test_paper_selector_is_equation_one():
     assert paper_score(thin) == pytest.approx(2 / 256 - 1.2 / 64)
     assert choose(thin, DEVICE, "paper").config.kernel == planner.ROW_WISE
     assert paper_score(problem(seq_len=16, cells_per_strip=1)) == -math.inf
+
+
+SHORT_SHAPES = ("hopper_split", "hopper_quad", "hopper_twin")
 
 
 def causal(batch, seq_len):
@@ -161,6 +165,15 @@ def test_unknown_policy_and_device_are_refused():
     assert planner.cuda_spec("Some new card", (12, 0), 170, 100 * 1024, 48).arch == "sm_120"
 
 
+def test_blocks_that_the_planner_counts_on_fit_on_a_multiprocessor():
+    short = {unit.tile.shape: unit.tile for unit in instances.instances("sm_90a") if unit.tile.shape in SHORT_SHAPES}
+    assert set(short) == set(SHORT_SHAPES)
+    for shape, tile in short.items():
+        assert CUDA_BLOCK_COSTS[shape].blocks == tile.blocks
+        assert (CUDA_BLOCK_COSTS[shape].halves > 0) == tile.shares
+        assert tile.blocks * (tile.shared_bytes + 1024) <= 228 << 10  # a block's own KiB
+
+
 def test_numbers_that_kernels_and_planner_both_state_agree():
     def constant(name: str, file: str) -> int:
         source = (PACKAGE_ROOT / "kernels" / "csrc" / file).read_text()
@@ -168,6 +181,8 @@ def test_numbers_that_kernels_and_planner_both_state_agree():
 
     assert planner.CELL == CELL
     assert instances.SHAPES == planner.config.SHAPES
+    least_shared = constant("kLeastShared", "attention/cuda/hopper_split_config.cuh")
+    assert least_shared == CUDA_BLOCK_COSTS["hopper_twin"].halves
     assert constant("kMinChunk", "format/cuda/layout.cuh") == planner.cost._MIN_CHUNK
     assert constant("kMinChunkSplit", "format/cuda/layout.cuh") == planner.cost._MIN_CHUNK_FEW
     assert constant("kBlocksPerMultiprocessor", "bindings/format_cuda.cpp") == planner.cost._BLOCKS_PER_UNIT
