@@ -150,20 +150,20 @@ class HopperConsumer {
   __device__ void work_halved(int tiles, int full_tiles) {
     Operand probability;
     rows.first_tile(keys_at(place.slot), full_tiles == 0, words_at(place.slot), probability);
-    release(control.empty(advance()));
-    await_slot();
-    bool both = false;  // whether the slot after that at `place` was seen to be full, too
+    release(control.empty(place.slot));
+    place.advance();
+    barrier_wait(control.full(place.slot), place.parity);
+    bool both = false;  // whether the values' slot was seen to be full, too
 #pragma unroll 1
     for (int tile = 1; tile < tiles; ++tile) {
       const int keys = place.slot;
       place.advance();
       const int values = place.slot;
       if (!both) barrier_wait(control.full(values), place.parity);
+      place.advance();
       Scores s;
       rows.start_scores(s, keys_at(keys));
       rows.start_output(values_at(values), probability, tile == 1);
-      advance();
-      both = full_after();
       products_wait<1>();
       pin_registers(s);
       if (tile >= full_tiles) mask(s, keys);
@@ -171,7 +171,9 @@ class HopperConsumer {
       rows.exponentials(s, sum);
       const bool fits = rows.add(sum);
       pin_registers(s);
-      await_slot();  // a branch: without one the compiler would move the next wait to in front of the exponentials
+      // Also a branch, without which the compiler would move the wait for products to in front of the exponentials.
+      barrier_wait(control.full(place.slot), place.parity);
+      both = full_after();
       products_wait<0>();
       pin_registers(rows.o);
       if (fits) rows.pack(s, probability);
@@ -183,6 +185,7 @@ class HopperConsumer {
     last_values(probability, tiles);
   }
 
+  // Whether the slot after the one at `place` is full.
   __device__ bool full_after() const {
     RingPlace<C::kSlots> next = place;
     next.advance();

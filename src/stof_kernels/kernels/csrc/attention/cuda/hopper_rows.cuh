@@ -102,12 +102,12 @@ class HopperRows {
   // Scores to probabilities, and their sums, relative to what earlier tiles were relative to. This saves looking for the
   // maximum, and what is kept is as exact, for all sums are relative to the same number, as long as add() finds that it fits.
   __device__ void exponentials(Scores& s, float (&sum)[2]) const {
-    float part[2][2] = {};
+    float part[2][2];
 #pragma unroll
     for (int i = 0; i < C::kKeys / 2; ++i) {
       const int r = (i >> 1) & 1;
       s[i] = exp2_fast(fmaf(s[i], p.scale_log2, shift[r]));
-      part[r][i & 1] += s[i];
+      part[r][i & 1] = i < 4 ? s[i] : part[r][i & 1] + s[i];  // the compiler would add the first ones to zero
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) sum[r] = part[r][0] + part[r][1];
