@@ -33,7 +33,7 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int thr
     simt::barriers() = {};
     std::fill(shared_memory, shared_memory + kSharedMemory, 0x7e);  // halves are NaN
     simt::launch({1}, {unsigned(threads), kCluster}, [&] {
-      for (int turn = 0; turn < 500 && kCluster > 1 && int(threadIdx.y) == late_block; ++turn) {
+      for (int turn = 0; turn < 150 && kCluster > 1 && int(threadIdx.y) == late_block; ++turn) {
         simt::Fiber* self = simt::state().now;
         swapcontext(&self->context, &simt::state().scheduler);
       }
