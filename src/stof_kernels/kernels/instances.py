@@ -188,7 +188,7 @@ _TILES = (
 
 
 # Pairs need room for three slots, which 128 dims have only where two warpgroups share a ring.
-_HOPPER_TILES = (
+HOPPER_TILES = (
     HopperTile("hopper", 64, sets=3, share=1, slots=4, registers=152, paired=True),
     HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224, paired=False),
     HopperTile("hopper_pair", 128, sets=1, share=2, slots=5, registers=224, paired=True),
@@ -218,7 +218,7 @@ def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperIn
             found.append(Instance(_for_target(tile, target), dtype, biases))
     if target == "sm_90a":
         dtypes = ("fp16",) if main_only else tuple(_TYPES)
-        found += [HopperInstance(tile, dtype) for tile in (*_HOPPER_TILES, *_HOPPER_SPLIT_TILES) for dtype in dtypes]
+        found += [HopperInstance(tile, dtype) for tile in (*HOPPER_TILES, *_HOPPER_SPLIT_TILES) for dtype in dtypes]
     return tuple(found)
 
 

@@ -1,4 +1,5 @@
-// The Hopper kernel on the CPU, for ctypes: fp16, one block after the other.
+// The Hopper kernel on the CPU, for ctypes: fp16, one block after the other. kernels.inc is made by the test: EMULATED(number,
+// arguments of HopperConfig) for each kernel.
 #include "hopper_run.cuh"
 
 using namespace stof::cuda;
@@ -35,8 +36,7 @@ extern "C" {
 void set_order(int descending, int die) { simt::state().descending = descending != 0, simt::hopper().die = uint32_t(die); }
 
 // sizes: batch, q_heads, kv_heads, q_len, kv_len, head_dim, items, q_tile, blocks, counted, leading. q, k, v: (batch, heads, len, dim), out:
-// (batch, q_len, heads, dim), one mask for all. `kernel`: 0 paired slots, 64 dims; 1 the same, 128 dims, two warpgroups share a
-// ring; 2 keys or values, 64 dims; 3 the same, 128 dims.
+// (batch, q_len, heads, dim), one mask for all.
 void run(int kernel, const void* q, const void* k, const void* v, void* out, float* lse, const int* items, const int* col,
          const uint32_t* bits, const int* sizes, double scale) {
   Problem p{};
@@ -55,9 +55,17 @@ void run(int kernel, const void* q, const void* k, const void* v, void* out, flo
   header[7] = sizes[10];
   layout.header = header, layout.items = items, layout.col = col, layout.bits = bits, layout.q_tile = sizes[7], layout.item_limit = sizes[6];
   layout.exact = true, layout.copies = p.batch * p.q_heads, layout.next_unit = sizes[9] ? &taken : nullptr;
-  if (kernel == 0) run_as<HopperConfig<__half, 64, 3, 1, 4, 152, true, false>>(p, layout, sizes[8]);
-  if (kernel == 1) run_as<HopperConfig<__half, 128, 1, 2, 5, 224, true, true>>(p, layout, sizes[8]);
-  if (kernel == 2) run_as<HopperConfig<__half, 64, 3, 1, 7, 152, false, true>>(p, layout, sizes[8]);
-  if (kernel == 3) run_as<HopperConfig<__half, 128, 2, 1, 5, 224, false, false>>(p, layout, sizes[8]);
+#define EMULATED(number, ...) \
+  if (kernel == number) run_as<HopperConfig<__half, __VA_ARGS__>>(p, layout, sizes[8]);
+#include "kernels.inc"
+#undef EMULATED
+}
+
+int shared_bytes(int kernel) {
+#define EMULATED(number, ...) \
+  if (kernel == number) return HopperConfig<__half, __VA_ARGS__>::kSharedBytes;
+#include "kernels.inc"
+#undef EMULATED
+  return 0;
 }
 }
