@@ -11,13 +11,14 @@ from stof_kernels.kernels import raw
 
 pytestmark = pytest.mark.gpu
 
-ROW_WISE, WIDE, LARGE, SPLIT, HOPPER, HOPPER_PAIR, HOPPER_SPLIT, HOPPER_QUAD = range(8)
+ROW_WISE, WIDE, LARGE, SPLIT, HOPPER, HOPPER_PAIR, HOPPER_SPLIT, HOPPER_QUAD, HOPPER_TWIN = range(9)
 KERNELS = {"row_wise": (ROW_WISE, 64, 0), "wide": (WIDE, 64, 0), "cut": (WIDE, 64, 2),
            "large": (LARGE, 128, -1), "split": (SPLIT, 64, 0), "split_cut": (SPLIT, 64, 3),
            "hopper": (HOPPER, 64, 0), "hopper_cut": (HOPPER, 64, 2), "hopper_pair": (HOPPER_PAIR, 128, 0),
            "hopper_pair_cut": (HOPPER_PAIR, 128, 2), "hopper_split": (HOPPER_SPLIT, 64, 0),
            "hopper_split_cut": (HOPPER_SPLIT, 64, 5), "hopper_quad": (HOPPER_QUAD, 64, 0),
-           "hopper_quad_cut": (HOPPER_QUAD, 64, 9)}  # fmt: skip
+           "hopper_quad_cut": (HOPPER_QUAD, 64, 9), "hopper_twin": (HOPPER_TWIN, 64, 0),
+           "hopper_twin_cut": (HOPPER_TWIN, 64, 7)}  # fmt: skip
 TOLERANCE = {torch.float16: 7e-4, torch.bfloat16: 6e-3}
 
 
@@ -91,7 +92,7 @@ def poisoned():
 
 def exists(kernel, dim):
     if kernel.startswith("hopper"):
-        short = kernel.startswith(("hopper_split", "hopper_quad"))
+        short = kernel.startswith(("hopper_split", "hopper_quad", "hopper_twin"))
         return dim <= (64 if short else 128) and torch.cuda.get_device_capability() == (9, 0)
     return kernel != "large" or dim <= 128
 
@@ -186,6 +187,35 @@ def test_scores_that_grow_from_tile_to_tile(kernel):
         keep = torch.rand(1, 1, 200, 900, device="cuda") < 0.5
         keep[..., :300] = False  # rows meet their first key late
         assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
+def test_one_loud_key_a_tile(kernel):
+    """Wherever in its tile it stands: whether a tile's probabilities fit is asked for many keys at a time."""
+    for dim in (64, 128):
+        q, k, v = draw(1, 2, 2, 130, 832, dim, torch.float16)
+        loud = 69 * torch.arange(12, device="cuda") + 3  # columns 3, 8 ... 58 of 12 tiles
+        k[:, :, loud] *= torch.linspace(3, 40, 12, device="cuda").half()[:, None]
+        keep = torch.ones(1, 1, 130, 832, dtype=torch.bool, device="cuda")
+        assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_loud_tile_wherever_it_stands(kernel, dtype):
+    """Its probabilities do not fit beside the first tile's: first, last, in between, and louder ones right behind it."""
+    for dim, tiles in ((64, 1), (64, 2), (64, 3), (64, 6), (128, 2), (128, 5)):
+        if not exists(kernel, dim):
+            continue
+        q, k, v = draw(1, 4, 2, 130, 64 * tiles - 7, dim, dtype)
+        keep = torch.rand(1, 1, 130, 64 * tiles - 7, device="cuda") < 0.8
+        keep[..., :64, :], keep[..., 70, :] = True, False
+        prepared = layout(keep, kernel, 4)
+        for loud in range(tiles):
+            louder = k.clone()
+            louder[:, :, 64 * loud :] *= 12
+            louder[:, :, 64 * (loud + 1) : 64 * (loud + 2)] *= 3
+            result = attend(q, louder, v, keep, kernel, prepared=prepared)
+            assert_right(result, reference(q, louder, v, keep), dtype)
+            assert torch.equal(result[0], attend(q, louder, v, keep, kernel, prepared=prepared)[0])
 
 
 def test_many_more_items_than_the_device_holds(kernel):

@@ -50,6 +50,10 @@ def _cuda_us(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem
     slow = _slow_share(problem.mask.kept / max(1, stats.key_tiles * config.q_tile), longest) if costs.tile_slow else 0.0
     all_work = tiles / device.units * (costs.tile + costs.tile_dim * width + costs.tile_slow * slow)
     all_work += items / device.units * (costs.item + costs.item_dim * width)
+    if costs.blocks:
+        all_work += math.ceil(items / (device.units * costs.blocks)) * costs.turn
+    if costs.halves and longest >= costs.halves and 2 * items <= device.units:
+        longest = -(-longest // 2)
     one_list = longest * (costs.chain + costs.chain_dim * width + costs.chain_slow * slow)
     return costs.launch + _longer(all_work, one_list) + (costs.combine if stats.longest > chunk else 0.0)
 

@@ -74,6 +74,8 @@ inline BlockLayout regrouped(const Problem& problem, BlockLayout layout, int set
   const int64_t busy = (2 * int64_t{sets} + layout.item_limit - 1) / layout.item_limit;  // copies for two rounds
   int64_t group = kCacheBytes / copy_bytes;
   if (group < busy) group = busy;
+  // A last group of few copies ends with its longest items on few multiprocessors: groups grow until it has its two rounds too.
+  while (group < layout.copies && layout.copies % group != 0 && layout.copies % group < busy) ++group;
   if (group > layout.copies) group = layout.copies;
   layout.group_copies = FastDivisor(static_cast<uint32_t>(group));
   return layout;
@@ -107,9 +109,10 @@ cudaError_t launch_hopper_as(const Problem& problem, const BlockLayout& layout, 
 }  // namespace stof::cuda
 
 // Defines one launcher; the translation units that instances.py generates consist of these.
-#define STOF_HOPPER(name, T, dim, sets, share, slots, registers)                                            \
-  namespace stof::cuda {                                                                                    \
-  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                \
-    return launch_hopper_as<HopperConfig<T, dim, sets, share, slots, registers>>(problem, layout, stream);  \
-  }                                                                                                         \
+#define STOF_HOPPER(name, T, dim, sets, share, slots, registers, paired, first_keys)                                   \
+  namespace stof::cuda {                                                                                               \
+  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                           \
+    using Config = HopperConfig<T, dim, sets, share, slots, registers, paired, first_keys>;                            \
+    return launch_hopper_as<Config>(problem, layout, stream);                                                          \
+  }                                                                                                                    \
   }

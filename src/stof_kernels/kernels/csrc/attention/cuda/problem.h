@@ -57,7 +57,8 @@ struct Problem {
 // {query tile of the plane, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, plane, 0, the first
 //  key tile's four runs}
 constexpr int kItemInts = 12;
-// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
+// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, leading items: those
+//  more than twice as long as the mean}
 constexpr int kHeaderInts = 8;
 // Ints of a combine entry: {query tile of the plane, first part, parts, plane}
 constexpr int kCombineInts = 4;
@@ -95,14 +96,15 @@ enum class Shape : int {
   kSplit = 2,   // 64 query rows, key tiles dealt to groups of 4 warps: short launches
   kHopper = 3,  // sm_90a: 64 query rows a warpgroup, each with an item of its own; its blocks stay
   kHopperPair = 4,   // sm_90a: 128 query rows, two warpgroups that share the keys; its blocks stay
-  kHopperSplit = 5,  // sm_90a: 64 query rows, key tiles dealt to the two warpgroups of a block: short calls
-  kHopperQuad = 6,   // the same with four warpgroups
+  kHopperSplit = 5,  // sm_90a: 64 query rows, key tiles dealt to the two warpgroups of a block: short calls, many items
+  kHopperQuad = 6,   // the same with four warpgroups: few items
+  kHopperTwin = 7,   // two blocks of two warpgroups share an item: fewer still
 };
 
 cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
 cudaError_t launch_combine(const Problem& problem, const BlockLayout& layout, cudaStream_t stream);
 cudaError_t launch_row_wise(const Problem& problem, const CellLists& lists, cudaStream_t stream);
-constexpr int kShapes = 7;
+constexpr int kShapes = 8;
 
 // Whether blocks of that shape stay and take one item after the other.
 constexpr bool stays(Shape shape) { return shape == Shape::kHopper || shape == Shape::kHopperPair; }
