@@ -100,6 +100,17 @@ def cases():
                 Fn(lambda m, x: m.b(F.gelu(m.a(x))), a=linear(192, 768), b=linear(768, 192)),
                 [x],
             ),
+            f"gated feed forward, residual, norm {n}": (
+                "gemm_gemm",
+                Fn(
+                    lambda m, x, y: m.n(y + m.c(F.silu(m.a(x)) * m.b(x))),
+                    a=linear(192, 704, False),
+                    b=linear(192, 704, False),
+                    c=linear(704, 200),
+                    n=nn.LayerNorm(200),
+                ),
+                [x, w],
+            ),
             f"residual, rms norm {n}": (
                 "rowwise",
                 Fn(lambda m, x, y: ((z := x + y), m.n(z)), n=Norm(200)),

@@ -17,7 +17,7 @@ from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.costs import Space
-from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, tiles
+from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, split_gemm, tiles
 from stof_kernels.fusion.templates.base import setting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,6 +121,22 @@ CASES = {
         "linear x2 + silu + mul + linear",
         Fn(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), a=linear(40, 72, False), b=linear(40, 72), c=linear(72, 48)),
         [X],
+    ),
+    "feed forward of stored (in, out), sum kept": (
+        "gemm_gemm",
+        "linear + gelu_tanh + linear + add + layer_norm",
+        Fn(
+            lambda m, x, y: (
+                (z := y + torch.addmm(m.c, tanh_gelu(torch.addmm(m.b, x.view(-1, 40), m.v)), m.w).view(2, 9, 48)),
+                m.n(z),
+            ),
+            v=nn.Parameter(torch.ones(40, 72)),
+            b=nn.Parameter(torch.ones(72)),
+            w=nn.Parameter(torch.ones(72, 48)),
+            c=nn.Parameter(torch.ones(48)),
+            n=nn.LayerNorm(48),
+        ),
+        [X, Y],
     ),
     "split depth": ("split_gemm", "linear + gelu", Fn(lambda m, x: F.gelu(m.a(x)), a=linear(256)), [(2, 9, 256)]),
     "split depth, residual, norm": (
@@ -326,6 +342,77 @@ def test_a_search_leaves_out_what_loses_by_far(monkeypatch, case, template, limi
 
 
 H200 = tiles.Device(multiprocessors=132, shared=232448)
+CHAINS = [c for c, v in CASES.items() if v[0] == "gemm_gemm"]
+
+
+@triton
+@pytest.mark.parametrize("case", CHAINS)
+def test_a_chain_in_parts_is_the_same_every_time_and_equals_whole_rows(monkeypatch, case):
+    """72 inner columns are 5 parts of 16 or 2 of 48, the last one in part beyond the end; many parts are added in one tile."""
+    segment, inputs = segment_of(case)
+    template = TEMPLATES["gemm_gemm"]
+    second = {"RM": 1, "RN": 64, "row_warps": 1, "warps": 4, "stages": 2}
+    ways = [
+        setting(parts=1, BM=16, BH=32, BN=64, BK=16, warps=8),
+        setting(parts=5, slices=1, BM=16, BH=16, BN=32, BK=32, **second),
+        setting(parts=2, slices=3, BM=32, BH=16, BN=16, BK=16, **second),
+    ]
+    with torch.no_grad():
+        want = segment.module(*inputs)
+        for limit in (8, 1):
+            monkeypatch.setattr(split_gemm, "_FEW_PARTS", limit)
+            for way in ways:
+                run = template.build(segment, way)
+                for a, b, w in zip(run(*inputs), run(*inputs), want, strict=True):
+                    assert torch.equal(a, b)
+                    assert (a.shape, a.dtype, a.stride()) == (w.shape, w.dtype, w.stride())
+                    torch.testing.assert_close(a, w, rtol=1e-5, atol=1e-5)
+
+
+@triton
+def test_a_chain_may_be_wider_than_a_block_and_empty_of_anything_else():
+    wide = Fn(lambda m, x: m.b(m.a(x)), a=linear(24, 40), b=linear(40, 1040))
+    segment, inputs = segment_of(("", "linear + linear", wide, [(3, 24)]))
+    template = TEMPLATES["gemm_gemm"]
+    settings = [dict(s) for s in template.settings(segment)]
+    assert settings
+    assert all(s["parts"] > 1 for s in settings)
+    with torch.no_grad():
+        for s in (settings[0], settings[-1]):
+            got = template.build(segment, setting(**s))(*inputs)[0]
+            torch.testing.assert_close(got, segment.module(*inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+@triton
+def test_a_chain_too_narrow_for_parts_and_too_wide_for_whole_rows_says_so():
+    wide = Fn(lambda m, x: m.b(m.a(x)), a=linear(24, 16), b=linear(16, 1040))
+    segment, _ = segment_of(("", "linear + linear", wide, [(3, 24)]))
+    assert "16 columns between the products and 1040" in TEMPLATES["gemm_gemm"].supports(segment)
+
+
+@triton
+@pytest.mark.parametrize(
+    ("rows", "depth", "inner", "count"),
+    [
+        *((rows, h, 4 * h, 1) for rows in (128, 1024, 4096, 32768) for h in (512, 1024)),
+        (128, 768, 3072, 1),
+        (128, 1024, 2816, 2),
+        (18, 40, 72, 1),
+    ],
+)
+def test_every_chain_fits_the_card(rows, depth, inner, count):
+    found = [dict(s) for s in tiles.chains(rows, depth, inner, depth, count, 2, H200)]
+    assert min(2, rows) <= len(found) <= 8
+    assert len({(s["BM"], s["parts"]) for s in found}) == len(found)
+    for s in found:
+        span = s["BH"] * s["slices"]
+        assert inner <= s["parts"] * span <= 1.15 * inner
+        tile = max((s["BM"] + count * s["BH"]) * s["BK"], span * s["BN"]) * 2
+        assert tile * s["stages"] + s["BM"] * s["BN"] * 4 <= H200.shared
+        assert s["BM"] * max(s["BH"] * count, s["BN"]) / (32 * s["warps"]) <= 128
+    if rows == 128:  # enough blocks to ask for all weights at once, and partial results that the L2 cache holds
+        assert -(-rows // found[0]["BM"]) * found[0]["parts"] >= 88
+        assert found[0]["parts"] * rows * depth * 4 <= 40e6
 
 
 @pytest.mark.parametrize("rows", [1, 122, 128, 4096, 32416])
