@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Fewest(fx.Interpreter):
-    """Runs a graph node by node; ``peak`` is then the most that any node needs: what it or a later one reads, and its result."""
+    """Runs a graph node by node; ``peak`` is then the most that any node needs: what it or a later one reads, its result."""
 
     def __init__(self, module: fx.GraphModule):
         super().__init__(module, garbage_collect_values=False)

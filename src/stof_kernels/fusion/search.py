@@ -90,7 +90,7 @@ class Search:
             choices = []
             for segment in self._segments(i, self.schemes[i]):
                 best = self._space(segment).best
-                choices.append(best if best is not None and math.isfinite(best.cost_us) else Choice())
+                choices.append(best or Choice())
             with self.clock.on("encoding"):
                 word = self.schemes[i].encode()
             blocks.append(BlockPlan(block.start, block.period, block.count, word, tuple(choices)))
@@ -175,7 +175,7 @@ class Search:
             missing = self._samples(segment) - self._tried(space)
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
-            total += space.best.cost_us if space.best else math.inf
+            total += space.cost_us
         return total
 
     def _pointless(self, segment: Segment) -> bool:
@@ -186,8 +186,8 @@ class Search:
     def _apart(self, i: int, segment: Segment) -> float:
         """Microseconds of a segment's operators one by one over all layers, as far as they have been measured."""
         first = self.graph.ops.index(segment.ops[0]) - self.blocks[i].start
-        singles = [self._space(self._cut(i, j, j + 1)).best for j in range(first, first + len(segment.ops))]
-        return self.blocks[i].count * sum(best.cost_us for best in singles if best and math.isfinite(best.cost_us))
+        costs = [self._space(self._cut(i, j, j + 1)).cost_us for j in range(first, first + len(segment.ops))]
+        return self.blocks[i].count * sum(cost for cost in costs if math.isfinite(cost))
 
     def _tried(self, space: Space) -> int:
         return self._sizes[space.segment.key] - len(space.waiting)
@@ -216,8 +216,8 @@ class Search:
     def _late_candidates(self, weights: dict[str, float]) -> None:
         """Inductor on what no template runs, or on everything if asked for, where most of the time is spent first."""
         spaces = [self.spaces[key] for key in weights if self.spaces[key].late and self.spaces[key].best]
-        for space in sorted(spaces, key=lambda s: -weights[s.segment.key] * s.best.cost_us):
-            if self._worth(space, weights[space.segment.key] * space.best.cost_us):
+        for space in sorted(spaces, key=lambda s: -weights[s.segment.key] * s.cost_us):
+            if self._worth(space, weights[space.segment.key] * space.cost_us):
                 self._admit(space)
                 self.counts["candidates"] += space.sample(self.meter, len(space.waiting))
 
@@ -241,11 +241,10 @@ class Search:
         gains = {}
         for key, share in shares.items():
             space = self.spaces[key]
-            before = space.best.cost_us if space.best else math.inf
+            before = space.cost_us
             most = max(1, round(self.settings.round_samples * share / total))
             self.counts["candidates"] += space.sample(self.meter, most)
-            after = space.best.cost_us if space.best else math.inf
-            gains[key] = weights[key] * (before - after) if math.isfinite(before) else 0.0
+            gains[key] = weights[key] * (before - space.cost_us) if math.isfinite(before) else 0.0
         return gains
 
     # ---- segments ----------------------------------------------------------------------------------------------------
