@@ -17,7 +17,7 @@ from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.costs import Space
-from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, split_gemm, tiles
+from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, projection_rotary, split_gemm, tiles
 from stof_kernels.fusion.templates.base import setting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,6 +309,16 @@ def test_the_overflow_guard_of_float16_is_one_operator():
 
 
 @triton
+def test_relu_keeps_what_is_not_a_number_and_no_infinity_below_zero():
+    module = Fn(lambda m, x: F.relu(x)).eval()
+    x = torch.tensor([[1.5, -2.0, math.inf, -math.inf, math.nan, 0.0]] * 2).to(DEVICE)
+    found = graph.build(capture(module, (x,)))
+    segment = segments.cut(found, range(len(found.ops)))
+    run = TEMPLATES["rowwise"].build(segment, TEMPLATES["rowwise"].settings(segment)[0])
+    torch.testing.assert_close(run(x)[0], F.relu(x), rtol=0, atol=0, equal_nan=True)
+
+
+@triton
 def test_an_embedding_reads_its_rows_and_a_wrong_index_is_nan():
     module = Fn(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(20, 40), n=nn.LayerNorm(40)).eval().to(DEVICE)
     ids = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -432,6 +442,17 @@ def test_every_tile_fits_the_card(rows, columns, depth, count, sides):
         assert (best["BM"], best["BN"]) == (128, 128)
     if rows == 128 and sides == 3:  # more blocks than one column of tall tiles would give
         assert -(-rows // best["BM"]) * -(-columns // best["BN"]) * sides >= 66
+
+
+@triton
+def test_a_segment_without_a_setting_is_not_supported(monkeypatch):
+    """Tiles have whole halves of heads: where none of those worth trying has, a search leaves the template out."""
+    segment, _ = segment_of("projections and rotations")
+    assert TEMPLATES["projection_rotary"].supports(segment) is None
+    narrow = [setting(BM=64, BN=n, BK=32, warps=4, stages=3) for n in (32, 64)]
+    monkeypatch.setattr(projection_rotary, "candidates", lambda *sizes, most: narrow)
+    assert TEMPLATES["projection_rotary"].supports(segment) == "no tile fits 96 columns of depth 64"
+    assert "projection_rotary" not in {name for name, _ in Space.of(segment, 0, lambda name: True).waiting}
 
 
 @triton

@@ -309,7 +309,7 @@ def _dense(t: Tensor) -> bool:
 
 @dataclass
 class Space:
-    """Candidates of one segment in a fixed random order, and those measured so far that run.
+    """Candidates of one segment in a fixed random order, how many were ``tried``, and the ``measured`` ones of them that run.
 
     ``late`` are those that the search admits one segment at a time, where it is worth their time. ``covered``: some template
     beside eager and Inductor could run the segment.
@@ -320,6 +320,7 @@ class Space:
     late: list[tuple[str, Setting]] = field(default_factory=list)
     covered: bool = True
     measured: list[Choice] = field(default_factory=list)
+    tried: int = 0
 
     @classmethod
     def of(cls, segment: Segment, seed: int, allowed: Callable[[str], bool]) -> Space:
@@ -348,15 +349,15 @@ class Space:
 
     def sample(self, meter: Meter, most: int) -> int:
         """Measure up to ``most`` more candidates; returns how many there were."""
-        tried = 0
-        while self.waiting and tried < most:
+        before = self.tried
+        while self.waiting and self.tried - before < most:
             template, setting = self.waiting[0]
             cost = meter.cost(self.segment, template, setting)  # may run out of time: then it is still waiting
             self.waiting.pop(0)
-            tried += 1
+            self.tried += 1
             if math.isfinite(cost):
                 self.measured.append(Choice(template, setting, cost))
-        return tried
+        return self.tried - before
 
     @property
     def best(self) -> Choice | None:

@@ -69,7 +69,6 @@ class Search:
     unfused: dict[int, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"schemes": 0, "kept": 0, "candidates": 0, "rounds": 0})
     _cuts: dict[tuple[int, int, int], Segment] = field(default_factory=dict)
-    _sizes: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> FusionPlan:
         """Both stages; out of time, the plan is the best so far."""
@@ -172,7 +171,7 @@ class Search:
             return math.inf
         for segment in segments:
             space = self._space(segment)
-            missing = self._samples(segment) - self._tried(space)
+            missing = self._samples(segment) - space.tried
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
             total += space.cost_us
@@ -180,7 +179,8 @@ class Search:
 
     def _pointless(self, segment: Segment) -> bool:
         """Whether several operators could only run one by one: on CUDA, where that costs what they cost apart."""
-        alone = self._sizes[self._space(segment).segment.key] == 1
+        space = self._space(segment)
+        alone = space.tried + len(space.waiting) == 1
         return len(segment.ops) > 1 and alone and segment.device.type == "cuda"
 
     def _apart(self, i: int, segment: Segment) -> float:
@@ -188,9 +188,6 @@ class Search:
         first = self.graph.ops.index(segment.ops[0]) - self.blocks[i].start
         costs = [self._space(self._cut(i, j, j + 1)).cost_us for j in range(first, first + len(segment.ops))]
         return self.blocks[i].count * sum(cost for cost in costs if math.isfinite(cost))
-
-    def _tried(self, space: Space) -> int:
-        return self._sizes[space.segment.key] - len(space.waiting)
 
     # ---- stage 2 -----------------------------------------------------------------------------------------------------
 
@@ -232,7 +229,6 @@ class Search:
         return any(not self._space(single).covered for single in alone)
 
     def _admit(self, space: Space) -> None:
-        self._sizes[space.segment.key] += len(space.late)
         space.waiting, space.late = space.waiting + space.late, []
 
     def _round(self, shares: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
@@ -261,9 +257,7 @@ class Search:
 
     def _space(self, segment: Segment) -> Space:
         if segment.key not in self.spaces:
-            space = Space.of(segment, self.settings.seed, self.settings.allows)
-            self.spaces[segment.key] = space
-            self._sizes[segment.key] = len(space.waiting)
+            self.spaces[segment.key] = Space.of(segment, self.settings.seed, self.settings.allows)
         return self.spaces[segment.key]
 
 
