@@ -128,3 +128,19 @@ def test_a_search_without_time_still_measures_what_a_method_needs(monkeypatch):
     alone = [template for operators, template in tried if operators == 1]
     assert alone.count("eager") == 2
     assert len(tried) <= 9  # both defaults and one more of the pair, one or two of each operator, and its parameters
+
+
+@triton
+def test_nobody_waits_for_inductor_on_a_card(monkeypatch):
+    """Out of time it is passed over, and a template behind it is still found."""
+
+    def cost(self, segment, template, setting):
+        self.clock.require()
+        self.built[segment.key, template, setting] = segment.module
+        return 2.0
+
+    monkeypatch.setattr(costs.DeviceMeter, "cost", cost)
+    monkeypatch.setattr(motivation, "_quick", lambda segment, template: template != "inductor")
+    graph, inputs = motivation.pair("gemm_gemm", 1, 16, 32, torch.float32, "cpu")
+    found = motivation.measure(graph, inputs, budget_s=0.0, methods=("fused",))
+    assert found["fused"].how.startswith("gemm_gemm(")

@@ -150,7 +150,7 @@ class _Ways:
     def _table(self, segment: Segment, enough: Callable[[set[str]], bool]) -> dict[Choice, float]:
         """Measured microseconds of up to ``most`` candidates, eager and each template's default first.
 
-        The budget counts once the templates that have run are ``enough``.
+        The budget ends it once the templates that have run are ``enough``.
         """
         first, rest = [("eager", ())], []
         for name in sorted(_able(segment) - {"eager"}, key=list(TEMPLATES).index):
@@ -162,12 +162,14 @@ class _Ways:
         self.meter.prepare(segment, candidates, rank=0.0)
         found: dict[Choice, float] = {}
         for name, setting in candidates:
-            limited = enough({choice.template for choice in found})
+            done = enough({choice.template for choice in found})
             try:
-                with nullcontext() if limited else self.meter.clock.unlimited():
+                with self.meter.clock.unlimited() if not done and _quick(segment, name) else nullcontext():
                     cost = self.meter.cost(segment, name, setting)
             except OutOfTime:
-                break
+                if done:
+                    break
+                continue
             if math.isfinite(cost):
                 found[Choice(name, setting)] = cost
         return found
@@ -205,6 +207,11 @@ class _Ways:
         tried = [why for what, why in self.meter.refused.items() if what.startswith(f"{segment} by ")]
         unable = [f"{name}: {why}" for name, t in TEMPLATES.items() if (why := t.supports(segment)) is not None]
         return "; ".join(tried + unable)
+
+
+def _quick(segment: Segment, template: str) -> bool:
+    """Whether a template may be waited for: on CUDA not Inductor, which would take the seconds of all others."""
+    return template != "inductor" or segment.device.type != "cuda"
 
 
 def _able(segment: Segment) -> set[str]:
