@@ -119,3 +119,45 @@ def test_what_is_held_needlessly_is_counted():
         with LiveBytes([x]) as live:
             doubled(x, keep)
         assert live.peak == tensors * x.nbytes
+
+
+class Biased(nn.Module):
+    """As in T5: all layers add one bias that a small table and the distance of positions give."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 2)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+
+    def forward(self, x, mask):
+        at = torch.arange(LENGTH)
+        bias = self.table((at[None, :] - at[:, None]).clamp(-3, 3) + 3).permute(2, 0, 1).unsqueeze(0)
+        for layer in self.layers:
+            h = layer(x).view(*x.shape[:2], 2, 16).transpose(1, 2)
+            each = bias.expand(len(x), -1, -1, -1)
+            x = stof.sparse_attention(h, h, h, mask, bias=each).transpose(1, 2).reshape(x.shape)
+        return x
+
+
+def test_layers_share_one_bias_and_follow_its_table():
+    stof.kernels.raw.load()
+    torch.manual_seed(1)
+    model = Biased().eval().requires_grad_(False)
+    mask = stof.SparseMask.from_pattern(stof.masks.sliding_window(9), LENGTH, LENGTH)
+    args = (torch.randn(2, LENGTH, WIDTH), mask)
+    found = capture(model, args)
+    graph, flat = build(found), found.signature.tensors(args, {})
+    with torch.no_grad():
+        program = assemble(graph, engine.eager_plan(graph))
+        before = program(*flat)[0]
+        torch.testing.assert_close(before, model(*args))
+        values = [t for t in program.constants.current(flat) if t.dim() == 4]
+        assert len(values) == 3
+        assert len({t.data_ptr() for t in values}) == 1
+        assert values[0].untyped_storage().nbytes() == 2 * LENGTH * LENGTH * 4
+        assert values[0].stride()[2:] == (LENGTH, 1)
+        model.table.weight.mul_(-2.0)
+        after = program(*flat)[0]
+        torch.testing.assert_close(after, model(*args))
+        assert not torch.allclose(after, before, atol=1e-3)
+        assert [t.data_ptr() for t in program.constants.current(flat) if t.dim() == 4] == [values[0].data_ptr()] * 3
