@@ -19,6 +19,7 @@ from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.costs import Space
 from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, projection_rotary, split_gemm, tiles
 from stof_kernels.fusion.templates.base import setting
+from stof_kernels.fusion.templates.chain_tiles import Chain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -411,7 +412,7 @@ def test_a_chain_too_narrow_for_parts_and_too_wide_for_whole_rows_says_so():
     ],
 )
 def test_every_chain_fits_the_card(rows, depth, inner, count):
-    found = [dict(s) for s in tiles.chains(rows, depth, inner, depth, count, 2, H200)]
+    found = [dict(s) for s in Chain(rows, depth, inner, depth, count, 2).settings(H200)]
     assert min(2, rows) <= len(found) <= 8
     assert len({(s["BM"], s["parts"]) for s in found}) == len(found)
     for s in found:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..graph import Kind
 from ..segments import Run, Segment
 from .base import Setting, TritonTemplate, Unsupported, setting
+from .chain_tiles import Chain
 from .gemm import common_input, lead_of, require_contiguous, start
 from .gemm_gemm_source import ChainProgram, parts_source, whole_source
 from .gemm_source import product_of
@@ -23,7 +24,7 @@ from .library import Launch
 from .rows import RowProgram, through_views
 from .rowwise import empty_outputs
 from .split_gemm import second_pass
-from .tiles import Device, chains, device_of, power_of_two
+from .tiles import Device, device_of, power_of_two
 
 _MOST_WIDE = 1024  # columns of the result that one block accumulates
 _MOST_NORMED = 4096  # columns of a row that the pass over partial results normalises
@@ -80,7 +81,8 @@ class GemmGemm(TritonTemplate[ChainProgram]):
         """Parts of the inner width and tiles of both products, best guess first; whole rows where rows are many."""
         program, device = self.program(segment), device_of(segment.device)
         after, size = program.after, program.x.meta["val"].element_size()
-        apart = chains(after.rows, program.depth, program.inner, after.columns, len(program.first), size, device)
+        chain = Chain(after.rows, program.depth, program.inner, after.columns, len(program.first), size)
+        apart = chain.settings(device)
         whole = _whole_rows(program, size, device) if after.rows > _MOST_ROWS or not apart else []
         return [setting(**dict(s), **_second(after, dict(s)["parts"])) for s in apart] + whole
 

@@ -7,7 +7,6 @@ clock from L2 for each); only their ratio matters for the order.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,12 +14,9 @@ import torch
 
 from .base import Setting, setting
 
-_FLOP_PER_US, _BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
-_LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
-_MEMORY_BYTES_PER_US, _CACHED = 4.3e6, 40e6  # of the card, and what its L2 cache keeps of partial results
+FLOP_PER_US, BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
+LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
 _ROUNDS = 4
-_REGISTERS = 168  # of a thread by the estimate of `_registers`; Triton 3.6's kernels spill from 176 on
-_MOST_PARTS, _WASTE = 64, 1.15  # parts of a chain, and their width together by the inner width
 _DEEP = 12  # stages at most
 # Share of the matrix rate that tiles of this area reach; below 64 rows there is no warpgroup instruction.
 _EFFICIENCY = {256: 0.85, 128: 0.75, 64: 0.6}
@@ -74,9 +70,9 @@ def candidates(
 
 def _cost(m: int, n: int, blocks: int, depth: int, count: int, size: int, device: Device) -> float:
     efficiency = _EFFICIENCY.get(min(m, n * count, 256), 0.5) if m >= 64 else 0.25
-    work = 2 * m * n * count * depth / (_FLOP_PER_US * efficiency)
-    moved = (m + n * count) * depth * size / _BYTES_PER_US
-    return -(-blocks // device.multiprocessors) * max(work, moved) + _LATENCY_US
+    work = 2 * m * n * count * depth / (FLOP_PER_US * efficiency)
+    moved = (m + n * count) * depth * size / BYTES_PER_US
+    return -(-blocks // device.multiprocessors) * max(work, moved) + LATENCY_US
 
 
 def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device, many: bool) -> list[Setting]:
@@ -98,69 +94,3 @@ def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device,
     if found and m * n * count == 128 * 128:
         found.append(setting(**{**dict(found[0]), "warps": 4}))
     return list(dict.fromkeys(found))
-
-
-def chains(
-    rows: int, depth: int, inner: int, columns: int, count: int, size: int, device: Device, most: int = 8
-) -> list[Setting]:
-    """Settings of two products in a row whose inner width is cut into parts, best guess first.
-
-    BM rows, ``slices`` of BH inner columns a part, BN columns of the result at a time, BK deep steps. ``count`` products come
-    first; ``size`` is the bytes of an operand's element.
-    """
-    ranked: dict[tuple[int, int], tuple[float, Setting]] = {}
-    step = next((s for s in (64, 32, 16) if depth % s == 0), min(64, power_of_two(depth)))
-    for m, width, slices in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256), (4, 3, 2, 1)):
-        span = width * slices
-        parts = -(-inner // span)
-        if m > max(16, power_of_two(rows)) or not 2 <= parts <= _MOST_PARTS or parts * span > _WASTE * inner:
-            continue
-        warps = 8 if m == 128 or m * width * count > 64 * 128 else 4
-        wide = min(128 if span <= 256 else 64, power_of_two(columns))
-        stage = max((m + count * width) * step, span * wide) * size
-        # The inner activation stays in registers where each warp has rows of its own, else it goes through shared memory.
-        own = 16 * warps <= m
-        held = m * span * size
-        stages = min(4, (device.shared - 4 * m * wide - (0 if own else held)) // stage)
-        if stages < 2 or _registers(m, width, slices, wide, count, warps, stage, held if own else 0) > _REGISTERS:
-            continue
-        cost = _chain_cost(m, width, slices, parts, rows, depth, columns, count, size, device)
-        values = {"parts": parts, "BM": m, "BH": width, "slices": slices, "BN": wide, "BK": step}
-        # Of one part's width the widest slices come last: they read the rows least often.
-        ranked[m, span] = cost, setting(**values, warps=warps, stages=stages)
-    if not ranked and inner > 16:
-        least = {"BM": 16, "BH": 16, "slices": 1, "BN": 16, "BK": 16, "warps": 4, "stages": 2}
-        return [setting(parts=-(-inner // 16), **least)]
-    return [found for _, found in sorted(ranked.values())[:most]]
-
-
-def _registers(m: int, width: int, slices: int, wide: int, count: int, warps: int, stage: int, held: int) -> float:
-    """Registers of a thread for accumulators, the inner activation (``held`` bytes of a block) and addresses of a stage."""
-    lanes = 32 * warps
-    first = m * width * count + held / 4 * (slices - 1) / slices
-    copies = 24 if held and slices > 1 else 0
-    return max(first, m * wide + held / 4) / lanes + 2 * stage / (16 * lanes) + copies
-
-
-def _chain_cost(
-    m: int,
-    width: int,
-    slices: int,
-    parts: int,
-    rows: int,
-    depth: int,
-    columns: int,
-    count: int,
-    size: int,
-    device: Device,
-) -> float:
-    """Microseconds of both passes: what a block multiplies or moves, and the partial results on their way back."""
-    blocks, span = -(-rows // m) * parts, width * slices
-    efficiency = (0.6 if m >= 64 else 0.3) * min(1.0, (width + 64) / 128)
-    work = 2 * m * span * (count * depth + columns) / (_FLOP_PER_US * efficiency)
-    moved = (slices * m * depth + span * (count * depth + columns)) * size + m * columns * 4
-    partial = parts * rows * columns * 4
-    back = partial / (device.multiprocessors * _BYTES_PER_US)
-    if partial > _CACHED:
-        back += 2 * partial / _MEMORY_BYTES_PER_US
-    return -(-blocks // device.multiprocessors) * (max(work, moved / _BYTES_PER_US) + _LATENCY_US) + back + _LATENCY_US
