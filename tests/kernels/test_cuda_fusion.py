@@ -100,6 +100,17 @@ def cases():
                 Fn(lambda m, x: m.b(F.gelu(m.a(x))), a=linear(192, 768), b=linear(768, 192)),
                 [x],
             ),
+            f"gated feed forward, residual, norm {n}": (
+                "gemm_gemm",
+                Fn(
+                    lambda m, x, y: m.n(y + m.c(F.silu(m.a(x)) * m.b(x))),
+                    a=linear(192, 704, False),
+                    b=linear(192, 704, False),
+                    c=linear(704, 200),
+                    n=nn.LayerNorm(200),
+                ),
+                [x, w],
+            ),
             f"residual, rms norm {n}": (
                 "rowwise",
                 Fn(lambda m, x, y: ((z := x + y), m.n(z)), n=Norm(200)),
@@ -382,7 +393,7 @@ def test_streams_and_other_shapes(tuned):
 @transformers
 def test_peak_memory_is_that_of_the_model():
     """Of everything that the process holds on the device: a graph keeps its working memory between calls."""
-    from stof_kernels.integrations import variants
+    from stof_kernels.integrations import models, variants
     from stof_kernels.integrations.models import Shape
 
     shape = Shape(layers=4, heads=8, hidden=512, ffn=2048, kv_heads=8, vocab=1000)
@@ -401,6 +412,14 @@ def test_peak_memory_is_that_of_the_model():
     assert out.isfinite().all()
     tuned = torch.cuda.max_memory_reserved() - base
     assert tuned <= 1.15 * eager + (32 << 20), (tuned, eager)
+    # A graph for another mask works in the same memory; only its results are held beside the first one's.
+    held = torch.cuda.memory_reserved()
+    masked = {**given, "stof_mask": models.masks(case.model, case.seq_len, "sliding_window", "cuda")}
+    for _ in range(3):
+        hidden(fast, masked)
+    assert fast._program.captures == 2
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held + 2 * out.nbytes + (32 << 20)
 
 
 @transformers

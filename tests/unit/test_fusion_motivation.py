@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -102,3 +103,44 @@ def test_without_a_fused_kernel_the_reason_is_given(monkeypatch):
 def test_an_unknown_pair_is_one_line():
     with pytest.raises(ValueError, match="operator 'softmax', allowed: bias_layernorm, gemm_layernorm, gemm_gemm"):
         motivation.pair("softmax", 1, 1, 1, torch.float32, "cpu")
+
+
+@triton
+def test_a_search_without_time_still_measures_what_a_method_needs(monkeypatch):
+    """The first fused kernels do not run; one that does is found however little time there is, and nothing more is tried."""
+    tried = []
+
+    def first_call(self, segment, template, setting, inputs):
+        tried.append((len(segment.ops), template))
+        if len(segment.ops) == 2 and template != "eager" and tried.count((2, template)) == 1:
+            raise RuntimeError("no registers left")
+        return segment.module, segment.module(*inputs)
+
+    monkeypatch.setattr(costs.DeviceMeter, "_first_call", first_call)
+    monkeypatch.setattr(
+        motivation, "TEMPLATES", {name: motivation.TEMPLATES[name] for name in ("eager", "gemm", "split_gemm")}
+    )
+    graph, inputs = motivation.pair("gemm_layernorm", 1, 16, 128, torch.float32, "cpu")
+    found = motivation.measure(graph, inputs, budget_s=0.0)
+    assert all(math.isfinite(way.us) for way in found.values())
+    fused = [template for operators, template in tried if operators == 2]
+    assert fused[:3] == ["eager", "gemm", "split_gemm"]
+    alone = [template for operators, template in tried if operators == 1]
+    assert alone.count("eager") == 2
+    assert len(tried) <= 9  # both defaults and one more of the pair, one or two of each operator, and its parameters
+
+
+@triton
+def test_nobody_waits_for_inductor_on_a_card(monkeypatch):
+    """Out of time it is passed over, and a template behind it is still found."""
+
+    def cost(self, segment, template, setting):
+        self.clock.require()
+        self.built[segment.key, template, setting] = segment.module
+        return 2.0
+
+    monkeypatch.setattr(costs.DeviceMeter, "cost", cost)
+    monkeypatch.setattr(motivation, "_quick", lambda segment, template: template != "inductor")
+    graph, inputs = motivation.pair("gemm_gemm", 1, 16, 32, torch.float32, "cpu")
+    found = motivation.measure(graph, inputs, budget_s=0.0, methods=("fused",))
+    assert found["fused"].how.startswith("gemm_gemm(")

@@ -17,8 +17,9 @@ from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.costs import Space
-from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, tiles
+from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, projection_rotary, split_gemm, tiles
 from stof_kernels.fusion.templates.base import setting
+from stof_kernels.fusion.templates.chain_tiles import Chain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -121,6 +122,22 @@ CASES = {
         "linear x2 + silu + mul + linear",
         Fn(lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), a=linear(40, 72, False), b=linear(40, 72), c=linear(72, 48)),
         [X],
+    ),
+    "feed forward of stored (in, out), sum kept": (
+        "gemm_gemm",
+        "linear + gelu_tanh + linear + add + layer_norm",
+        Fn(
+            lambda m, x, y: (
+                (z := y + torch.addmm(m.c, tanh_gelu(torch.addmm(m.b, x.view(-1, 40), m.v)), m.w).view(2, 9, 48)),
+                m.n(z),
+            ),
+            v=nn.Parameter(torch.ones(40, 72)),
+            b=nn.Parameter(torch.ones(72)),
+            w=nn.Parameter(torch.ones(72, 48)),
+            c=nn.Parameter(torch.ones(48)),
+            n=nn.LayerNorm(48),
+        ),
+        [X, Y],
     ),
     "split depth": ("split_gemm", "linear + gelu", Fn(lambda m, x: F.gelu(m.a(x)), a=linear(256)), [(2, 9, 256)]),
     "split depth, residual, norm": (
@@ -293,6 +310,16 @@ def test_the_overflow_guard_of_float16_is_one_operator():
 
 
 @triton
+def test_relu_keeps_what_is_not_a_number_and_no_infinity_below_zero():
+    module = Fn(lambda m, x: F.relu(x)).eval()
+    x = torch.tensor([[1.5, -2.0, math.inf, -math.inf, math.nan, 0.0]] * 2).to(DEVICE)
+    found = graph.build(capture(module, (x,)))
+    segment = segments.cut(found, range(len(found.ops)))
+    run = TEMPLATES["rowwise"].build(segment, TEMPLATES["rowwise"].settings(segment)[0])
+    torch.testing.assert_close(run(x)[0], F.relu(x), rtol=0, atol=0, equal_nan=True)
+
+
+@triton
 def test_an_embedding_reads_its_rows_and_a_wrong_index_is_nan():
     module = Fn(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(20, 40), n=nn.LayerNorm(40)).eval().to(DEVICE)
     ids = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -326,6 +353,77 @@ def test_a_search_leaves_out_what_loses_by_far(monkeypatch, case, template, limi
 
 
 H200 = tiles.Device(multiprocessors=132, shared=232448)
+CHAINS = [c for c, v in CASES.items() if v[0] == "gemm_gemm"]
+
+
+@triton
+@pytest.mark.parametrize("case", CHAINS)
+def test_a_chain_in_parts_is_the_same_every_time_and_equals_whole_rows(monkeypatch, case):
+    """72 inner columns are 5 parts of 16 or 2 of 48, the last one in part beyond the end; many parts are added in one tile."""
+    segment, inputs = segment_of(case)
+    template = TEMPLATES["gemm_gemm"]
+    second = {"RM": 1, "RN": 64, "row_warps": 1, "warps": 4, "stages": 2}
+    ways = [
+        setting(parts=1, BM=16, BH=32, BN=64, BK=16, warps=8),
+        setting(parts=5, slices=1, BM=16, BH=16, BN=32, BK=32, **second),
+        setting(parts=2, slices=3, BM=32, BH=16, BN=16, BK=16, **second),
+    ]
+    with torch.no_grad():
+        want = segment.module(*inputs)
+        for limit in (8, 1):
+            monkeypatch.setattr(split_gemm, "_FEW_PARTS", limit)
+            for way in ways:
+                run = template.build(segment, way)
+                for a, b, w in zip(run(*inputs), run(*inputs), want, strict=True):
+                    assert torch.equal(a, b)
+                    assert (a.shape, a.dtype, a.stride()) == (w.shape, w.dtype, w.stride())
+                    torch.testing.assert_close(a, w, rtol=1e-5, atol=1e-5)
+
+
+@triton
+def test_a_chain_may_be_wider_than_a_block_and_empty_of_anything_else():
+    wide = Fn(lambda m, x: m.b(m.a(x)), a=linear(24, 40), b=linear(40, 1040))
+    segment, inputs = segment_of(("", "linear + linear", wide, [(3, 24)]))
+    template = TEMPLATES["gemm_gemm"]
+    settings = [dict(s) for s in template.settings(segment)]
+    assert settings
+    assert all(s["parts"] > 1 for s in settings)
+    with torch.no_grad():
+        for s in (settings[0], settings[-1]):
+            got = template.build(segment, setting(**s))(*inputs)[0]
+            torch.testing.assert_close(got, segment.module(*inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+@triton
+def test_a_chain_too_narrow_for_parts_and_too_wide_for_whole_rows_says_so():
+    wide = Fn(lambda m, x: m.b(m.a(x)), a=linear(24, 16), b=linear(16, 1040))
+    segment, _ = segment_of(("", "linear + linear", wide, [(3, 24)]))
+    assert "16 columns between the products and 1040" in TEMPLATES["gemm_gemm"].supports(segment)
+
+
+@triton
+@pytest.mark.parametrize(
+    ("rows", "depth", "inner", "count"),
+    [
+        *((rows, h, 4 * h, 1) for rows in (128, 1024, 4096, 32768) for h in (512, 1024)),
+        (128, 768, 3072, 1),
+        (128, 1024, 2816, 2),
+        (18, 40, 72, 1),
+    ],
+)
+def test_every_chain_fits_the_card(rows, depth, inner, count):
+    found = [dict(s) for s in Chain(rows, depth, inner, depth, count, 2).settings(H200)]
+    assert min(2, rows) <= len(found) <= 8
+    assert len({(s["BM"], s["parts"]) for s in found}) == len(found)
+    for s in found:
+        span = s["BH"] * s["slices"]
+        assert inner <= s["parts"] * span <= 1.15 * inner
+        tile = max((s["BM"] + count * s["BH"]) * s["BK"], span * s["BN"]) * 2
+        assert tile * s["stages"] + s["BM"] * s["BN"] * 4 <= H200.shared
+        assert s["BM"] * max(s["BH"] * count, s["BN"]) / (32 * s["warps"]) <= 128
+    if rows == 128:  # enough blocks to ask for all weights at once, and partial results that the L2 cache holds
+        assert -(-rows // found[0]["BM"]) * found[0]["parts"] >= 88
+        assert found[0]["parts"] * rows * depth * 4 <= 40e6
 
 
 @pytest.mark.parametrize("rows", [1, 122, 128, 4096, 32416])
@@ -345,6 +443,17 @@ def test_every_tile_fits_the_card(rows, columns, depth, count, sides):
         assert (best["BM"], best["BN"]) == (128, 128)
     if rows == 128 and sides == 3:  # more blocks than one column of tall tiles would give
         assert -(-rows // best["BM"]) * -(-columns // best["BN"]) * sides >= 66
+
+
+@triton
+def test_a_segment_without_a_setting_is_not_supported(monkeypatch):
+    """Tiles have whole halves of heads: where none of those worth trying has, a search leaves the template out."""
+    segment, _ = segment_of("projections and rotations")
+    assert TEMPLATES["projection_rotary"].supports(segment) is None
+    narrow = [setting(BM=64, BN=n, BK=32, warps=4, stages=3) for n in (32, 64)]
+    monkeypatch.setattr(projection_rotary, "candidates", lambda *sizes, most: narrow)
+    assert TEMPLATES["projection_rotary"].supports(segment) == "no tile fits 96 columns of depth 64"
+    assert "projection_rotary" not in {name for name, _ in Space.of(segment, 0, lambda name: True).waiting}
 
 
 @triton

@@ -69,6 +69,8 @@ class Constants:
         self._packed = [bool(n.users) and all(user in attention for user in n.users) for n in needed]
         self._state: tuple | None = None
         self._values: list[Tensor] = []
+        self._firsts: dict[tuple, int] = {}
+        self._first: list[int] = []  # by value: the first one that is the same view of the same memory
 
     def current(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The values for the weights as they are now; ``inputs`` holds weights where Dynamo passes them in."""
@@ -85,9 +87,20 @@ class Constants:
         return self._values
 
     def _put(self, i: int, new: Tensor, is_view: bool) -> None:
-        """Take over a computed value; a view of a weight is kept as it is, so that the weight is not held twice."""
+        """Take over a computed value; a view of a weight is kept as it is, so that the weight is not held twice.
+
+        Layers that look at one tensor alike share what is packed from it: T5's bias would else be held once a layer.
+        """
         if i == len(self._values):
-            self._values.append(new if is_view or not self._packed[i] else packed(new))
+            look = (new.data_ptr(), new.shape, new.stride(), new.dtype, self._packed[i])
+            first = self._firsts.setdefault(look, i)
+            self._first.append(first)
+            if first < i:
+                self._values.append(self._values[first])
+            else:
+                self._values.append(packed(new) if self._packed[i] and not is_view else new)
+        elif self._first[i] < i:
+            self._values[i] = self._values[self._first[i]]
         elif is_view:
             self._values[i] = new
         else:

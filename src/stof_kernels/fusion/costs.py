@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from .graph import OpGraph
 from .plan import OVERHEADS, Choice
+from .reasons import first_line, named_line
 from .replay import capture, no_workspaces
 from .segments import Run, Segment
 from .templates import TEMPLATES, Setting
@@ -58,6 +59,15 @@ class Clock:
         """Seconds since the search began."""
         return time.perf_counter() - self.start
 
+    @contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """No budget for what is done inside; its time counts for what comes after."""
+        budget, self.budget = self.budget, math.inf
+        try:
+            yield
+        finally:
+            self.budget = budget
+
     def require(self, seconds: float = 0.0) -> None:
         """Raises `OutOfTime` if fewer than ``seconds`` of the budget are left."""
         if self.elapsed + seconds >= self.budget:
@@ -79,7 +89,7 @@ class DeviceMeter:
     """
 
     def __init__(self, graph: OpGraph, values: dict[fx.Node, Tensor], clock: Clock, pool: CompilerPool | None = None):
-        self._graph, self._values, self._clock, self._pool = graph, values, clock, pool
+        self._values, self.clock, self._pool = values, clock, pool
         self._compile_s = _FIRST_COMPILE_S
         self._timer = DeviceTimer()
         self._expected: tuple[str, tuple[Tensor, ...]] = ("", ())
@@ -97,7 +107,7 @@ class DeviceMeter:
         """Have these candidates' kernels compiled in the background, those of lower rank first."""
         if self._pool is None:
             return
-        with self._clock.on("building"):
+        with self.clock.on("building"):
             for template, setting in candidates:
                 if template not in ("eager", "inductor"):
                     for launch in getattr(self._build(segment, template, setting), "launches", ()):
@@ -114,14 +124,14 @@ class DeviceMeter:
 
     def cost(self, segment: Segment, template: str, setting: Setting) -> float:
         """Build, compare with the segment's own result, time. Raises `OutOfTime` before what would not fit the budget."""
-        self._clock.require()
+        self.clock.require()
         if template == "inductor" and segment.device.type == "cpu":
-            self._clock.require(self._compile_s)
+            self.clock.require(self._compile_s)
         inputs = [self._values[node] for node in segment.sources]
         try:
-            with self._clock.on("building"), torch.no_grad():
+            with self.clock.on("building"), torch.no_grad():
                 run, produced = self._first_call(segment, template, setting, inputs)
-            with self._clock.on("measuring"), torch.no_grad():
+            with self.clock.on("measuring"), torch.no_grad():
                 wrong = disagreement(produced, self._reference(segment, inputs)) if template != "eager" else None
                 del produced
                 if wrong is None:
@@ -130,10 +140,10 @@ class DeviceMeter:
         except torch.OutOfMemoryError:
             wrong = "out of memory"
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-            wrong = (str(error).splitlines() or [type(error).__name__])[0]
+            wrong = first_line(error)
         except Exception as error:
             # A compiler's own exceptions have no common base: a candidate that does not build is no candidate.
-            wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            wrong = named_line(error)
         self.refused[f"{segment} by {Choice(template, setting)}"] = wrong
         return math.inf
 
@@ -146,21 +156,21 @@ class DeviceMeter:
         run = self._made.get((segment.key, template, setting)) or TEMPLATES[template].build(segment, setting)
         if self._pool is not None:
             for launch in getattr(run, "launches", ()):
-                with self._clock.on("waiting"):
+                with self.clock.on("waiting"):
                     reason = self._pool.wait(self._pool.submit(launch.task, rank=-1.0), _KERNEL_S)
                 if reason is not None:
                     raise RuntimeError(reason)
         produced = run(*inputs)
         if template == "inductor":
             self._compile_s = time.perf_counter() - began
-            self._clock.spent["inductor"] += self._compile_s
+            self.clock.spent["inductor"] += self._compile_s
         return run, produced
 
     def _admit(self, segment: Segment) -> None:
         """Raises RuntimeError where Inductor would take more than its share of the time, beside templates on CUDA."""
-        share, spent = _INDUCTOR_SHARE * self._clock.budget, self._clock.spent["inductor"]
+        share, spent = _INDUCTOR_SHARE * self.clock.budget, self.clock.spent["inductor"]
         expected = self._compile_s if spent else _FIRST_COMPILE_S
-        left = self._clock.budget - self._clock.elapsed
+        left = self.clock.budget - self.clock.elapsed
         if segment.device.type == "cuda" and (expected > left or (spent and spent + expected > share)):
             raise RuntimeError(
                 f"Inductor would take {expected:.0f} s of the {left:.0f} s left, {share:.0f} s are its share"
@@ -195,24 +205,26 @@ def time_us(run: Run, inputs: list[Tensor], device: torch.device) -> float:
     """Best wall time of one call in microseconds, out of a few samples; on CUDA the best of events around single calls."""
     for _ in range(_WARMUP):
         run(*inputs)
-    sample = _cuda_sample if device.type == "cuda" else _wall_sample
+    sample = device_us if device.type == "cuda" else _wall_us
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or (len(times) < _SAMPLES and time.perf_counter() - began < _SLICE_S):
-        times.append(sample(run, inputs))
+        times.append(sample(lambda: run(*inputs)))
     return min(times)
 
 
-def _wall_sample(run: Run, inputs: list[Tensor]) -> float:
+def _wall_us(call: Callable[[], object]) -> float:
     began = time.perf_counter_ns()
-    run(*inputs)
+    call()
     return (time.perf_counter_ns() - began) / 1e3
 
 
-def _cuda_sample(run: Run, inputs: list[Tensor]) -> float:
+def device_us(call: Callable[[], object], times: int = 1) -> float:
+    """Microseconds between two events around so many calls on the current stream."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run(*inputs)
+    for _ in range(times):
+        call()
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) * 1e3
@@ -235,7 +247,7 @@ class DeviceTimer:
         """Microseconds of one call."""
         if segment.device.type != "cuda":
             return time_us(run, inputs, segment.device)
-        estimate = _cuda_sample(run, inputs)
+        estimate = device_us(lambda: run(*inputs))
         sets = self._turns(segment, inputs)
         calls = max(1, min(_MOST_CALLS, math.ceil(_REPLAY_US / max(1.0, estimate))))
         if len(sets) > 1:
@@ -249,7 +261,7 @@ class DeviceTimer:
             torch.cuda.synchronize()
             return time_us(run, inputs, segment.device)
         graph.replay()
-        return min(_cuda_sample(graph.replay, []) for _ in range(_REPLAYS)) / calls
+        return min(device_us(graph.replay) for _ in range(_REPLAYS)) / calls
 
     def close(self) -> None:
         """Give back the copies and the memory of the graphs."""
@@ -297,7 +309,7 @@ def _dense(t: Tensor) -> bool:
 
 @dataclass
 class Space:
-    """Candidates of one segment in a fixed random order, those measured so far that run, and the best of them.
+    """Candidates of one segment in a fixed random order, how many were ``tried``, and the ``measured`` ones of them that run.
 
     ``late`` are those that the search admits one segment at a time, where it is worth their time. ``covered``: some template
     beside eager and Inductor could run the segment.
@@ -305,10 +317,10 @@ class Space:
 
     segment: Segment
     waiting: list[tuple[str, Setting]]
-    best: Choice | None = None
     late: list[tuple[str, Setting]] = field(default_factory=list)
     covered: bool = True
     measured: list[Choice] = field(default_factory=list)
+    tried: int = 0
 
     @classmethod
     def of(cls, segment: Segment, seed: int, allowed: Callable[[str], bool]) -> Space:
@@ -337,15 +349,22 @@ class Space:
 
     def sample(self, meter: Meter, most: int) -> int:
         """Measure up to ``most`` more candidates; returns how many there were."""
-        tried = 0
-        while self.waiting and tried < most:
+        before = self.tried
+        while self.waiting and self.tried - before < most:
             template, setting = self.waiting[0]
             cost = meter.cost(self.segment, template, setting)  # may run out of time: then it is still waiting
             self.waiting.pop(0)
-            tried += 1
-            choice = Choice(template, setting, cost)
+            self.tried += 1
             if math.isfinite(cost):
-                self.measured.append(choice)
-            if self.best is None or cost < self.best.cost_us:
-                self.best = choice
-        return tried
+                self.measured.append(Choice(template, setting, cost))
+        return self.tried - before
+
+    @property
+    def best(self) -> Choice | None:
+        """The fastest so far; None before anything has run."""
+        return min(self.measured, key=lambda choice: choice.cost_us, default=None)
+
+    @property
+    def cost_us(self) -> float:
+        """Its microseconds; infinite before anything has run."""
+        return self.best.cost_us if self.best else math.inf

@@ -23,6 +23,7 @@ from .costs import Clock, DeviceMeter, time_us
 from .graph import OpGraph, build
 from .inputs import Mismatch
 from .plan import BlockPlan, Choice, FusionPlan
+from .reasons import first_line
 from .replay import Replay
 from .scheme import FusionScheme
 from .search import Progress, Search, SearchSettings
@@ -314,7 +315,7 @@ def _accept(
         wrong = _difference(program(*flat), eager(*flat))
     except Exception as error:
         # A cached plan may name a compiler that is gone, or memory may not suffice: the eager operators always run.
-        wrong = f"the plan could not be built: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        wrong = f"the plan could not be built: {first_line(error)}"
     del eager
     if wrong is not None:
         plan.use, plan.why = "model", wrong
@@ -344,7 +345,7 @@ def _replayed(
             return replay
         except Exception as error:
             torch.cuda.synchronize(device)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
     progress(f"no CUDA graph: {reason}")
     return program
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .assemble import Built, Program
-from .costs import Space
+from .costs import Space, device_us
 from .plan import Choice, FusionPlan
+from .reasons import first_line, named_line
 from .replay import capture, no_workspaces
 from .search import Progress
 
@@ -57,7 +58,8 @@ def refine(
     The second choices come first, those of segments that cost most before others, then the third ones and so on, until
     ``deadline`` (of `time.perf_counter`). What raises is not exchanged, and then nothing more is tried.
     """
-    chosen, tried = dict.fromkeys(near), 0
+    changed: dict[str, Choice] = {}
+    tried = 0
     try:
         for key, choice in _in_order(plan, program, near):
             if time.perf_counter() >= deadline:
@@ -69,10 +71,10 @@ def refine(
             finally:
                 if not better:
                     program.exchange(key, before)
-            chosen[key] = choice if better else chosen[key]
+            if better:
+                changed[key] = choice
     except Exception as error:
-        progress(f"finals: ended by {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    changed = {key: choice for key, choice in chosen.items() if choice is not None}
+        progress(f"finals: ended by {named_line(error)}")
     progress(f"finals: {len(changed)} segments exchanged, {tried} tried")
     plan.counts["finals"], plan.counts["exchanged"] = tried, len(changed)
     for key, choice in changed.items():
@@ -111,7 +113,7 @@ def compared(
         return refine(plan, program, near, built, judge, deadline, progress)
     except Exception as error:
         torch.cuda.synchronize()
-        progress(f"finals: none, {(str(error).splitlines() or [type(error).__name__])[0]}")
+        progress(f"finals: none, {first_line(error)}")
         return plan
     finally:
         if judge is not None:
@@ -127,14 +129,14 @@ class ReplayJudge:
         self._pool: tuple | None = None
         self._best = self._recorded()
         self._best.replay()
-        estimate = _timed(self._best, 1)
+        estimate = device_us(self._best.replay)
         self._replays = max(1, min(8, round(_SAMPLE_US / max(estimate, 1.0))))
 
     def faster(self) -> bool:
         """Record the program as it is now and replay it in turns with the best one so far."""
         new = self._recorded()
         new.replay()
-        pairs = [(_timed(self._best, self._replays), _timed(new, self._replays)) for _ in range(_TURNS)]
+        pairs = [[device_us(graph.replay, self._replays) for graph in (self._best, new)] for _ in range(_TURNS)]
         before, after = (statistics.median(times) for times in zip(*pairs, strict=True))
         if after >= before * (1 - _GAIN):
             return False
@@ -158,14 +160,3 @@ class ReplayJudge:
         self._pool = self._pool or graph.pool()
         torch.cuda.synchronize()
         return graph
-
-
-def _timed(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Microseconds of so many replays."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) * 1e3

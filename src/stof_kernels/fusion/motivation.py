@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -40,9 +41,6 @@ class Outcome:
     us: float | None
     how: str
     run: Callable[[], object] | None = field(default=None, compare=False)
-
-
-Runner = Callable[[Segment, Choice], Callable[[], object]]
 
 
 class _Pair(nn.Module):
@@ -100,8 +98,9 @@ def measure(
 ) -> dict[str, Outcome]:
     """The named `METHODS` on a captured pair: up to ``most`` candidates per segment, within about ``budget_s`` seconds.
 
-    Every candidate is compared with the operators one by one before it counts; segments that no named method needs are not
-    measured. ValueError for another method.
+    What a method cannot do without (each operator alone, one fused kernel that runs) is measured whatever it takes; the budget
+    ends what comes after. Every candidate is compared with the operators one by one before it counts; segments that no named
+    method needs are not measured. ValueError for another method.
     """
     for name in methods:
         if name not in METHODS:
@@ -111,103 +110,117 @@ def measure(
     on_cuda = whole.device.type == "cuda"
     with CompilerPool(processes=None if on_cuda else 0) as pool:
         meter = DeviceMeter(graph, values, Clock(budget_s), pool if on_cuda else None)
-        return _measured(meter, parts, whole, values, most, seed, set(methods))
+        return _Ways(meter, parts, whole, values, most, seed).named(set(methods))
 
 
-def _measured(
-    meter: DeviceMeter,
-    parts: list[Segment],
-    whole: Segment,
-    values: dict[fx.Node, Tensor],
-    most: int,
-    seed: int,
-    methods: set[str],
-) -> dict[str, Outcome]:
-    def runner(segment: Segment, choice: Choice) -> Callable[[], object]:
-        run, tensors = meter.built[segment.key, choice.template, choice.setting], [values[n] for n in segment.sources]
-        return lambda: run(*tensors)
+@dataclass(frozen=True)
+class _Ways:
+    """Measures the ways to run a pair: its ``parts`` are the two operators, ``whole`` is both."""
 
-    found: dict[str, Outcome] = {}
-    alone: list[dict[Choice, float]] = []
-    if methods & {"detached", "tuned_individually"}:
-        alone = [_table(meter, segment, most, seed) for segment in parts]
-    if "detached" in methods:
-        found["detached"] = _detached([_best(table) for table in alone], parts, runner)
-    rest = [name for name in METHODS[1:] if name in methods]
-    if not rest:
+    meter: DeviceMeter
+    parts: list[Segment]
+    whole: Segment
+    values: dict[fx.Node, Tensor]
+    most: int
+    seed: int
+
+    def named(self, methods: set[str]) -> dict[str, Outcome]:
+        """Outcomes of these `METHODS`."""
+        found: dict[str, Outcome] = {}
+        rest = [name for name in METHODS[1:] if name in methods]
+        needed, winner = {"eager"}, None  # what every operator alone has to be measured with
+        if rest:
+            table = self._table(self.whole, lambda ran: bool(ran - {"eager"}))
+            fused = {choice: us for choice, us in table.items() if choice.template != "eager"}
+            winner = _best(fused)
+            needed |= {winner[0].template} if winner and "tuned_individually" in rest else set()
+        if "detached" in methods or len(needed) > 1:
+            alone = [self._table(part, (needed & _able(part)).issubset) for part in self.parts]
+        if "detached" in methods:
+            found["detached"] = self._detached([_best(table) for table in alone])
+        for name in rest:
+            if winner is None:
+                found[name] = Outcome(None, self._why_not(self.whole))
+            elif name == "tuned_individually":
+                found[name] = self._individually(alone, fused, winner[0].template)
+            else:
+                found[name] = Outcome(winner[1], str(winner[0]), self._runner(self.whole, winner[0]))
         return found
-    together = _table(meter, whole, most, seed)
-    fused = {choice: us for choice, us in together.items() if choice.template != "eager"}
-    best = _best(fused)
-    if best is None:
-        return found | dict.fromkeys(rest, Outcome(None, _why_not(whole, meter)))
-    winner = Outcome(best[1], str(best[0]), runner(whole, best[0]))
-    for name in rest:
-        individually = name == "tuned_individually"
-        found[name] = _individually(meter, alone, whole, fused, best[0].template, runner) if individually else winner
-    return found
 
+    def _table(self, segment: Segment, enough: Callable[[set[str]], bool]) -> dict[Choice, float]:
+        """Measured microseconds of up to ``most`` candidates, eager and each template's default first.
 
-def _table(meter: DeviceMeter, segment: Segment, most: int, seed: int) -> dict[Choice, float]:
-    """Measured microseconds of up to ``most`` candidates, eager and each template's default first."""
-    first, rest = [("eager", ())], []
-    for name, template in TEMPLATES.items():
-        if name != "eager" and template.supports(segment) is None:
-            settings = template.settings(segment)
+        The budget ends it once the templates that have run are ``enough``.
+        """
+        first, rest = [("eager", ())], []
+        for name in sorted(_able(segment) - {"eager"}, key=list(TEMPLATES).index):
+            settings = TEMPLATES[name].settings(segment)
             first.append((name, settings[0]))
             rest += [(name, s) for s in settings[1:]]
-    random.Random(f"{seed} {segment.key}").shuffle(rest)
-    found: dict[Choice, float] = {}
-    meter.prepare(segment, (first + rest)[:most], rank=0.0)
-    for name, setting in (first + rest)[:most]:
-        try:
-            cost = meter.cost(segment, name, setting)
-        except OutOfTime:
-            break
-        if math.isfinite(cost):
-            found[Choice(name, setting)] = cost
-    return found
+        random.Random(f"{self.seed} {segment.key}").shuffle(rest)
+        candidates = (first + rest)[: self.most]
+        self.meter.prepare(segment, candidates, rank=0.0)
+        found: dict[Choice, float] = {}
+        for name, setting in candidates:
+            done = enough({choice.template for choice in found})
+            try:
+                with self.meter.clock.unlimited() if not done and _quick(segment, name) else nullcontext():
+                    cost = self.meter.cost(segment, name, setting)
+            except OutOfTime:
+                if done:
+                    break
+                continue
+            if math.isfinite(cost):
+                found[Choice(name, setting)] = cost
+        return found
+
+    def _runner(self, segment: Segment, choice: Choice) -> Callable[[], object]:
+        run = self.meter.built[segment.key, choice.template, choice.setting]
+        tensors = [self.values[node] for node in segment.sources]
+        return lambda: run(*tensors)
+
+    def _detached(self, bests: list[tuple[Choice, float] | None]) -> Outcome:
+        for part, best in zip(self.parts, bests, strict=True):
+            if best is None:
+                return Outcome(None, self._why_not(part))
+        runs = [self._runner(part, choice) for part, (choice, _) in zip(self.parts, bests, strict=True)]
+        how = " then ".join(str(choice) for choice, _ in bests)
+        return Outcome(sum(us for _, us in bests), how, lambda: [run() for run in runs][-1])
+
+    def _individually(self, alone: list[dict[Choice, float]], fused: dict[Choice, float], template: str) -> Outcome:
+        """The winning template with the parameters that were best for one operator alone, the slower one if it has any."""
+        for table in sorted(alone, key=lambda t: -min(t.values(), default=0.0)):
+            own = {choice: us for choice, us in table.items() if choice.template == template}
+            if not own:
+                continue
+            settings = TEMPLATES[template].settings(self.whole)
+            choice = Choice(template, _nearest(min(own, key=own.__getitem__).setting, settings))
+            with self.meter.clock.unlimited():
+                us = fused.get(choice) or self.meter.cost(self.whole, template, choice.setting)
+            if math.isfinite(us):
+                return Outcome(us, str(choice), self._runner(self.whole, choice))
+            return Outcome(None, f"{choice} does not run")
+        return Outcome(None, f"{template} runs neither operator alone, so it has no parameters of one")
+
+    def _why_not(self, segment: Segment) -> str:
+        """Why nothing that was tried on a segment runs, and what could not be tried."""
+        tried = [why for what, why in self.meter.refused.items() if what.startswith(f"{segment} by ")]
+        unable = [f"{name}: {why}" for name, t in TEMPLATES.items() if (why := t.supports(segment)) is not None]
+        return "; ".join(tried + unable)
+
+
+def _quick(segment: Segment, template: str) -> bool:
+    """Whether a template may be waited for: on CUDA not Inductor, which would take the seconds of all others."""
+    return template != "inductor" or segment.device.type != "cuda"
+
+
+def _able(segment: Segment) -> set[str]:
+    """Names of the templates that support a segment."""
+    return {name for name, template in TEMPLATES.items() if template.supports(segment) is None}
 
 
 def _best(table: dict[Choice, float]) -> tuple[Choice, float] | None:
     return min(table.items(), key=lambda item: item[1], default=None)
-
-
-def _detached(bests: list[tuple[Choice, float] | None], parts: list[Segment], runner: Runner) -> Outcome:
-    if any(best is None for best in bests):
-        return Outcome(None, "the budget ran out before every operator was measured")
-    runs = [runner(part, choice) for part, (choice, _) in zip(parts, bests, strict=True)]
-    how = " then ".join(str(choice) for choice, _ in bests)
-    return Outcome(sum(us for _, us in bests), how, lambda: [run() for run in runs][-1])
-
-
-def _why_not(whole: Segment, meter: DeviceMeter) -> str:
-    reasons = [f"{name}: {why}" for name, t in TEMPLATES.items() if (why := t.supports(whole)) is not None]
-    return "; ".join([*meter.refused.values(), *reasons]) or "the budget ran out"
-
-
-def _individually(
-    meter: DeviceMeter,
-    alone: list[dict[Choice, float]],
-    whole: Segment,
-    fused: dict[Choice, float],
-    template: str,
-    runner: Runner,
-) -> Outcome:
-    """The winning fused template with the parameters that were best for one operator alone, the slower one if it has any."""
-    for table in sorted(alone, key=lambda t: -min(t.values(), default=0.0)):
-        own = {choice: us for choice, us in table.items() if choice.template == template}
-        if not own:
-            continue
-        choice = Choice(template, _nearest(min(own, key=own.__getitem__).setting, TEMPLATES[template].settings(whole)))
-        try:
-            us = fused.get(choice) or meter.cost(whole, template, choice.setting)
-        except OutOfTime:
-            return Outcome(None, "the budget ran out")
-        if math.isfinite(us):
-            return Outcome(us, str(choice), runner(whole, choice))
-        return Outcome(None, f"{choice} does not run")
-    return Outcome(None, f"{template} runs neither operator alone, so it has no parameters of one")
 
 
 def _nearest(wanted: Setting, settings: list[Setting]) -> Setting:

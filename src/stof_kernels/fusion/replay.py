@@ -49,6 +49,7 @@ class Replay:
         self._pool = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
+        self._capturing: torch.cuda.Stream | None = None
         self.captures = 0
 
     @property
@@ -81,7 +82,7 @@ class Replay:
                 found = self._captured(key, inputs)
             constants = self._program.constants.current(inputs)
             results = self._run(found, inputs)
-            # Looked at while the device is busy: the memory that was read is kept alive by the graph.
+            # Looked at while the device is busy: the memory that was read is kept alive by the graph, and the pool too.
             if [t.data_ptr() for t in (*self._program.weights, *constants)] != found.addresses:
                 self._graphs.clear()
                 results = self._run(self._captured(key, inputs), inputs)
@@ -118,14 +119,17 @@ class Replay:
     def _capture(self, key: tuple, inputs: Sequence[Tensor]) -> _Graph:
         """Raises what PyTorch raises where something in the program cannot be captured."""
         if self._buffers is None:
+            # What stays must not lie in a far larger block that calls before have left, which then could not go back.
+            torch.cuda.empty_cache()
             self._buffers = {i: t.clone() for i, t in enumerate(inputs) if i not in self._kept}
         program, weights = self._program, [w.detach() for w in self._program.weights]
         flat = [self._buffers.get(i, t) for i, t in enumerate(inputs)]
         constants = program.constants.current(inputs)
         while len(self._graphs) >= _MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        graph = torch.cuda.CUDAGraph()
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        # What one graph leaves free of the pool serves the next one only on the stream that it was allocated on.
+        self._capturing = self._capturing or torch.cuda.Stream()
+        graph, stream, current = torch.cuda.CUDAGraph(), self._capturing, torch.cuda.current_stream()
         with no_workspaces():
             if not self.captures:
                 self._buffered_copy(inputs)

@@ -69,7 +69,6 @@ class Search:
     unfused: dict[int, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"schemes": 0, "kept": 0, "candidates": 0, "rounds": 0})
     _cuts: dict[tuple[int, int, int], Segment] = field(default_factory=dict)
-    _sizes: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> FusionPlan:
         """Both stages; out of time, the plan is the best so far."""
@@ -90,7 +89,7 @@ class Search:
             choices = []
             for segment in self._segments(i, self.schemes[i]):
                 best = self._space(segment).best
-                choices.append(best if best is not None and math.isfinite(best.cost_us) else Choice())
+                choices.append(best or Choice())
             with self.clock.on("encoding"):
                 word = self.schemes[i].encode()
             blocks.append(BlockPlan(block.start, block.period, block.count, word, tuple(choices)))
@@ -172,25 +171,23 @@ class Search:
             return math.inf
         for segment in segments:
             space = self._space(segment)
-            missing = self._samples(segment) - self._tried(space)
+            missing = self._samples(segment) - space.tried
             if missing > 0:
                 self.counts["candidates"] += space.sample(self.meter, missing)
-            total += space.best.cost_us if space.best else math.inf
+            total += space.cost_us
         return total
 
     def _pointless(self, segment: Segment) -> bool:
         """Whether several operators could only run one by one: on CUDA, where that costs what they cost apart."""
-        alone = self._sizes[self._space(segment).segment.key] == 1
+        space = self._space(segment)
+        alone = space.tried + len(space.waiting) == 1
         return len(segment.ops) > 1 and alone and segment.device.type == "cuda"
 
     def _apart(self, i: int, segment: Segment) -> float:
         """Microseconds of a segment's operators one by one over all layers, as far as they have been measured."""
         first = self.graph.ops.index(segment.ops[0]) - self.blocks[i].start
-        singles = [self._space(self._cut(i, j, j + 1)).best for j in range(first, first + len(segment.ops))]
-        return self.blocks[i].count * sum(best.cost_us for best in singles if best and math.isfinite(best.cost_us))
-
-    def _tried(self, space: Space) -> int:
-        return self._sizes[space.segment.key] - len(space.waiting)
+        costs = [self._space(self._cut(i, j, j + 1)).cost_us for j in range(first, first + len(segment.ops))]
+        return self.blocks[i].count * sum(cost for cost in costs if math.isfinite(cost))
 
     # ---- stage 2 -----------------------------------------------------------------------------------------------------
 
@@ -216,8 +213,8 @@ class Search:
     def _late_candidates(self, weights: dict[str, float]) -> None:
         """Inductor on what no template runs, or on everything if asked for, where most of the time is spent first."""
         spaces = [self.spaces[key] for key in weights if self.spaces[key].late and self.spaces[key].best]
-        for space in sorted(spaces, key=lambda s: -weights[s.segment.key] * s.best.cost_us):
-            if self._worth(space, weights[space.segment.key] * space.best.cost_us):
+        for space in sorted(spaces, key=lambda s: -weights[s.segment.key] * s.cost_us):
+            if self._worth(space, weights[space.segment.key] * space.cost_us):
                 self._admit(space)
                 self.counts["candidates"] += space.sample(self.meter, len(space.waiting))
 
@@ -232,7 +229,6 @@ class Search:
         return any(not self._space(single).covered for single in alone)
 
     def _admit(self, space: Space) -> None:
-        self._sizes[space.segment.key] += len(space.late)
         space.waiting, space.late = space.waiting + space.late, []
 
     def _round(self, shares: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
@@ -241,11 +237,10 @@ class Search:
         gains = {}
         for key, share in shares.items():
             space = self.spaces[key]
-            before = space.best.cost_us if space.best else math.inf
+            before = space.cost_us
             most = max(1, round(self.settings.round_samples * share / total))
             self.counts["candidates"] += space.sample(self.meter, most)
-            after = space.best.cost_us if space.best else math.inf
-            gains[key] = weights[key] * (before - after) if math.isfinite(before) else 0.0
+            gains[key] = weights[key] * (before - space.cost_us) if math.isfinite(before) else 0.0
         return gains
 
     # ---- segments ----------------------------------------------------------------------------------------------------
@@ -262,9 +257,7 @@ class Search:
 
     def _space(self, segment: Segment) -> Space:
         if segment.key not in self.spaces:
-            space = Space.of(segment, self.settings.seed, self.settings.allows)
-            self.spaces[segment.key] = space
-            self._sizes[segment.key] = len(space.waiting)
+            self.spaces[segment.key] = Space.of(segment, self.settings.seed, self.settings.allows)
         return self.spaces[segment.key]
 
 

@@ -25,9 +25,10 @@ class Template(ABC):
     name: ClassVar[str]
 
     def supports(self, segment: Segment) -> str | None:
-        """Why it cannot run this segment, or None."""
+        """Why it cannot run this segment, or None: then there are settings for it."""
         try:
             self.check(segment)
+            self.settings(segment)
         except Unsupported as reason:
             return str(reason)
         return None
@@ -41,7 +42,7 @@ class Template(ABC):
         return True
 
     def settings(self, segment: Segment) -> list[Setting]:
-        """Parameters worth trying, the default first."""
+        """Parameters worth trying, the default first. Raises `Unsupported` where none fits."""
         return [()]
 
     @abstractmethod

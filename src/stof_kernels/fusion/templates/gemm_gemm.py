@@ -1,72 +1,35 @@
 """Two matrix products in a row, as in a feed-forward block, whose inner activation never leaves the multiprocessor (Triton).
 
-A block owns a few whole rows of the result and walks through the inner width; it pays where rows are few and weights dominate.
+Where rows are few, the inner width is cut into parts that run side by side: a block computes its rows of one part, multiplies
+them with the second weight's share and stores float32 sums; a pass over the rows adds the parts in a fixed order and computes
+what follows, so the result is the same every time. Where rows are many, a block owns whole rows and walks through the inner
+width alone (``parts`` 1).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor
 
 from ..graph import Kind
 from ..segments import Run, Segment
 from .base import Setting, TritonTemplate, Unsupported, setting
+from .chain_tiles import Chain
 from .gemm import common_input, lead_of, require_contiguous, start
-from .gemm_source import Product, exact, product_of
+from .gemm_gemm_source import ChainProgram, parts_source, whole_source
+from .gemm_source import product_of
 from .library import Launch
 from .rows import RowProgram, through_views
-from .rowwise import empty_outputs, indent, stores
-from .tiles import device_of, power_of_two
+from .rowwise import empty_outputs
+from .split_gemm import second_pass
+from .tiles import Device, device_of, power_of_two
 
 _MOST_WIDE = 1024  # columns of the result that one block accumulates
+_MOST_NORMED = 4096  # columns of a row that the pass over partial results normalises
 _MOST_ROWS = 2048  # beyond, two products of larger tiles take a fraction of its time
-
-_KERNEL = """
-@triton.jit
-def kernel(x_ptr, {pointers}, M: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-           OVERLAP: tl.constexpr):
-    if OVERLAP:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    rows64 = rows.to(tl.int64)
-    outer = tl.arange(0, BN)
-    ks = tl.arange(0, BK)
-    total = tl.zeros((BM, BN), tl.float32)
-    for h in range(0, {inner}, BH):
-        cols = h + tl.arange(0, BH)
-        inside = (rows[:, None] < M) & (cols[None, :] < {inner})
-{zeros}
-        for k in range(0, {depth}, BK):
-            at = k + ks
-            x = tl.load(x_ptr + rows64[:, None] * {depth} + at[None, :],
-                        mask=(rows[:, None] < M) & (at[None, :] < {depth}), other=0.0)
-{products}
-{between}
-        second = tl.load(u_ptr + cols[:, None].to(tl.int64) * {step_in} + outer[None, :].to(tl.int64) * {step_out},
-                         mask=(cols[:, None] < {inner}) & (outer[None, :] < {columns}), other=0.0)
-        total = tl.dot(tl.where(inside, {hidden}, 0.0).to(second.dtype), second, total{exact})
-    cols = outer
-    inside = (rows[:, None] < M) & (cols[None, :] < {columns})
-    acc0 = total
-{body}
-{stores}
-"""
-
-
-@dataclass
-class ChainProgram:
-    """The first products, what stands between, the second product and what follows it."""
-
-    first: list[Product]
-    x: fx.Node
-    depth: int
-    between: RowProgram
-    hidden: str
-    second: Product
-    after: RowProgram
+_FETCH_ROWS = 512  # up to here a block spends its time waiting for its weights
 
 
 class GemmGemm(TritonTemplate[ChainProgram]):
@@ -103,8 +66,11 @@ class GemmGemm(TritonTemplate[ChainProgram]):
         start(after, second)
         after.compute(order[at + 1 :])
         after.store()
-        if power_of_two(columns) > _MOST_WIDE:
-            raise Unsupported(f"a result of {columns} columns, allowed: up to {_MOST_WIDE}")
+        if power_of_two(columns) > _MOST_WIDE and (inner <= 16 or (after.reduces and columns > _MOST_NORMED)):
+            raise Unsupported(
+                f"{inner} columns between the products and {columns} behind them, allowed: up to {_MOST_WIDE} behind them, or "
+                f"from 17 on between and no norm over more than {_MOST_NORMED}"
+            )
         return ChainProgram(first, x, x.meta["val"].shape[-1], between, between.values[hidden], last, after)
 
     def promising(self, segment: Segment) -> bool:
@@ -112,32 +78,26 @@ class GemmGemm(TritonTemplate[ChainProgram]):
         return self.program(segment).after.rows <= _MOST_ROWS
 
     def settings(self, segment: Segment) -> list[Setting]:
-        """Rows of a block, width of an inner step, depth of a step, warps."""
-        program = self.program(segment)
-        wide, shared = power_of_two(program.after.columns), device_of(segment.device).shared
-        size = program.x.meta["val"].element_size()
-        return [
-            setting(BM=m, BH=h, BK=k, BN=wide, warps=8)
-            for m in (16, 32, 64)
-            for h, k in ((32, 64), (64, 32), (16, 32))
-            if m * wide <= 64 * 512 and (m * (k + h) + h * k * len(program.first) + h * wide) * size * 2 <= shared
-        ] or [setting(BM=16, BH=16, BK=16, BN=wide, warps=8)]
+        """Parts of the inner width and tiles of both products, best guess first; whole rows where rows are many."""
+        program, device = self.program(segment), device_of(segment.device)
+        after, size = program.after, program.x.meta["val"].element_size()
+        chain = Chain(after.rows, program.depth, program.inner, after.columns, len(program.first), size)
+        apart = chain.settings(device)
+        whole = _whole_rows(program, size, device) if after.rows > _MOST_ROWS or not apart else []
+        return [setting(**dict(s), **_second(after, dict(s)["parts"])) for s in apart] + whole
 
     def build(self, segment: Segment, setting: Setting) -> Run:
-        """The kernel of this segment and its launch."""
-        program, values = self.program(segment), dict(setting)
-        after = program.after
-        nodes = (
-            program.x,
-            *(p.weight for p in program.first),
-            *program.between.inputs,
-            program.second.weight,
-            *after.inputs,
-        )
-        picked = [segment.placeholders.index(node) for node in nodes]
+        """The kernels of this segment and their launches."""
+        values = dict(setting)
+        return self._in_parts(segment, values) if values["parts"] > 1 else self._whole(segment, values)
 
+    def _whole(self, segment: Segment, values: dict[str, int]) -> Run:
+        program = self.program(segment)
+        after = program.after
+        nodes = [*program.operands, *after.inputs]
+        picked = [segment.placeholders.index(node) for node in nodes]
         constants = {"M": after.rows, **{name: values[name] for name in ("BM", "BH", "BN", "BK")}}
-        launch = Launch(_source(program), segment.device, [*nodes, *after.outputs], constants, values["warps"], 2)
+        launch = Launch(whole_source(program), segment.device, [*nodes, *after.outputs], constants, values["warps"], 2)
         grid = (-(-after.rows // values["BM"]),)
 
         def run(*inputs: Tensor) -> list[Tensor]:
@@ -148,37 +108,48 @@ class GemmGemm(TritonTemplate[ChainProgram]):
         run.launches = (launch,)
         return run
 
-
-def product_lines(products: list[Product], columns: int, depth: int) -> list[str]:
-    """Lines that load the weights' tiles at depth ``at`` and columns ``cols`` and add their products with ``x``."""
-    lines = []
-    for i, product in enumerate(products):
-        step = (columns, 1) if product.transposed else (1, depth)
-        lines.append(
-            f"w{i} = tl.load(w{i}_ptr + at[:, None].to(tl.int64) * {step[0]} + cols[None, :].to(tl.int64) * {step[1]}, "
-            f"mask=(at[:, None] < {depth}) & (cols[None, :] < {columns}), other=0.0)"
+    def _in_parts(self, segment: Segment, values: dict[str, int]) -> Run:
+        program, parts, places = self.program(segment), values["parts"], segment.placeholders
+        after = program.after
+        constants = {"M": after.rows, **{name: values[name] for name in ("BM", "BH", "BN", "BK")}}
+        constants["FETCH"] = int(after.rows <= _FETCH_ROWS)
+        described = [*program.operands, torch.float32]
+        first = Launch(
+            parts_source(program, values), segment.device, described, constants, values["warps"], values["stages"]
         )
-        lines.append(f"acc{i} = tl.dot(x, w{i}, acc{i}{exact(product)})")
-    return lines
+        first_grid = (-(-after.rows // values["BM"]), parts)
+        second, second_grid = second_pass(after, segment, values, parts)
+        operands = [places.index(node) for node in program.operands]
+        picked = [places.index(node) for node in after.inputs]
+        shape = (parts, after.rows, after.columns)
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            partial = torch.empty(shape, dtype=torch.float32, device=inputs[operands[0]].device)
+            first(first_grid, *(inputs[i] for i in operands), partial)
+            stored = empty_outputs(after)
+            second(second_grid, partial, *(inputs[i] for i in picked), *stored)
+            return after.returns(stored, inputs)
+
+        run.launches = (first, second)
+        return run
 
 
-def _source(program: ChainProgram) -> str:
-    between, after, count = program.between, program.after, len(program.first)
-    inner = between.columns
-    pointers = [f"w{i}_ptr" for i in range(count)] + between.pointers + ["u_ptr"] + after.pointers
-    step_in, step_out = (after.columns, 1) if program.second.transposed else (1, inner)
-    return _KERNEL.format(
-        pointers=", ".join(pointers + [f"o{i}_ptr" for i in range(len(after.outputs))]),
-        inner=inner,
-        columns=after.columns,
-        depth=program.depth,
-        step_in=step_in,
-        step_out=step_out,
-        hidden=program.hidden,
-        exact=exact(program.second),
-        zeros=indent([f"    acc{i} = tl.zeros((BM, BH), tl.float32)" for i in range(count)]),
-        products=indent([f"        {line}" for line in product_lines(program.first, inner, program.depth)]),
-        between=indent([f"    {line}" for line in (*between.loads, *between.lines)]),
-        body=indent([*after.loads, *after.lines]),
-        stores=indent(stores(after)),
-    )
+def _second(after: RowProgram, parts: int) -> dict[str, int]:
+    """Rows, columns and warps of the pass that adds the parts: a row a block, eight wide loads a thread."""
+    wide = power_of_two(after.columns)
+    columns = wide if after.reduces else min(wide, 1024)
+    loads = columns * (1 << (parts - 1).bit_length()) // 4  # of four numbers each
+    return {"RM": 1, "RN": columns, "row_warps": min(16, max(1, loads // 256))}
+
+
+def _whole_rows(program: ChainProgram, size: int, device: Device) -> list[Setting]:
+    """Rows of a block, width of an inner step, depth of a step, warps; none where a row does not fit into a block."""
+    wide = power_of_two(program.after.columns)
+    if wide > _MOST_WIDE:
+        return []
+    return [
+        setting(parts=1, BM=m, BH=h, BK=k, BN=wide, warps=8)
+        for m in (16, 32, 64)
+        for h, k in ((32, 64), (64, 32), (16, 32))
+        if m * wide <= 64 * 512 and (m * (k + h) + h * k * len(program.first) + h * wide) * size * 2 <= device.shared
+    ] or [setting(parts=1, BM=16, BH=16, BK=16, BN=wide, warps=8)]

@@ -288,7 +288,7 @@ _RULES: dict[object, Rule] = {
     aten.div.Tensor: _binary("/"),
     aten.neg.default: _unary("-{x}"),
     aten.abs.default: _unary("tl.abs({x})"),
-    aten.relu.default: _unary("tl.where({x} > 0, {x}, {x} * 0.0)"),
+    aten.relu.default: _unary("tl.where({x} < 0, 0.0, {x})"),
     aten.silu.default: _activation("silu"),
     aten.sigmoid.default: _unary("1.0 / (1.0 + tl.exp(-{x}))"),
     aten.tanh.default: _activation("tanh"),

@@ -15,10 +15,13 @@ from ..segments import Run, Segment
 from .base import Setting, TritonTemplate, Unsupported, setting
 from .gemm import GemmProgram, gemm_program
 from .gemm_source import gemm_launch
+from .library import Launch
+from .rows import RowProgram
 from .rowwise import empty_outputs, row_launch, row_settings
-from .tiles import candidates, device_of
+from .tiles import candidates, device_of, power_of_two
 
 _MOST_ROWS = 1024
+_FEW_PARTS = 8
 
 
 class SplitGemm(TritonTemplate[GemmProgram]):
@@ -61,17 +64,7 @@ class SplitGemm(TritonTemplate[GemmProgram]):
         program, values = self.program(segment), dict(setting)
         rows, parts, count = program.rows, values["parts"], program.count
         first, first_grid = gemm_launch(program, segment.device, values, split=parts)
-        sums = [
-            f"acc{i} = "
-            + " + ".join(
-                f"tl.load(p0_ptr + ({(part * count + i) * rows.rows} + rows64[:, None]) * {rows.columns} + cols[None, :], "
-                "mask=inside, other=0.0)"
-                for part in range(parts)
-            )
-            for i in range(count)
-        ]
-        after = {"BM": values["RM"], "BN": values["RN"], "warps": values["row_warps"]}
-        second, second_grid = row_launch(rows, segment, after, [torch.float32], sums)
+        second, second_grid = second_pass(rows, segment, values, parts, count)
         places = segment.placeholders
         operands = [places.index(node) for node in (program.x, *(p.weight for p in program.products))]
         picked = [places.index(node) for node in rows.inputs]
@@ -86,3 +79,29 @@ class SplitGemm(TritonTemplate[GemmProgram]):
 
         run.launches = (first, second)
         return run
+
+
+def second_pass(
+    rows: RowProgram, segment: Segment, values: dict[str, int], parts: int, count: int = 1
+) -> tuple[Launch, tuple[int, int]]:
+    """The pass over the rows behind partial results (part, accumulator, row, column), its first argument, and its grid.
+
+    More than 8 parts need blocks of one row.
+    """
+    add = _few if parts <= _FEW_PARTS else _many
+    lines = [f"acc{i} = {add(rows, parts, count, i)}" for i in range(count)]
+    after = {"BM": values["RM"], "BN": values["RN"], "warps": values["row_warps"]}
+    return row_launch(rows, segment, after, [torch.float32], lines)
+
+
+def _few(rows: RowProgram, parts: int, count: int, i: int) -> str:
+    """The sum of the parts of accumulator ``i``, one after the other."""
+    planes = (f"({(part * count + i) * rows.rows} + rows64[:, None])" for part in range(parts))
+    return " + ".join(f"tl.load(p0_ptr + {p} * {rows.columns} + cols[None, :], mask=inside, other=0.0)" for p in planes)
+
+
+def _many(rows: RowProgram, parts: int, count: int, i: int) -> str:
+    """The same of one row, parts over warps: a thread has no more than about six loads on their way."""
+    part = f"tl.arange(0, {power_of_two(parts)})[:, None]"
+    at = f"(({part}.to(tl.int64) * {count} + {i}) * {rows.rows} + rows64[:, None]) * {rows.columns} + cols[None, :]"
+    return f"tl.sum(tl.load(p0_ptr + {at}, mask=inside & ({part} < {parts}), other=0.0), 0)[None, :]"

@@ -14,8 +14,8 @@ import torch
 
 from .base import Setting, setting
 
-_FLOP_PER_US, _BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
-_LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
+FLOP_PER_US, BYTES_PER_US = 5.9e6, 110e3  # of one multiprocessor
+LATENCY_US = 0.6  # of one trip to memory, hidden by as many stages as there are
 _ROUNDS = 4
 _DEEP = 12  # stages at most
 # Share of the matrix rate that tiles of this area reach; below 64 rows there is no warpgroup instruction.
@@ -70,9 +70,9 @@ def candidates(
 
 def _cost(m: int, n: int, blocks: int, depth: int, count: int, size: int, device: Device) -> float:
     efficiency = _EFFICIENCY.get(min(m, n * count, 256), 0.5) if m >= 64 else 0.25
-    work = 2 * m * n * count * depth / (_FLOP_PER_US * efficiency)
-    moved = (m + n * count) * depth * size / _BYTES_PER_US
-    return -(-blocks // device.multiprocessors) * max(work, moved) + _LATENCY_US
+    work = 2 * m * n * count * depth / (FLOP_PER_US * efficiency)
+    moved = (m + n * count) * depth * size / BYTES_PER_US
+    return -(-blocks // device.multiprocessors) * max(work, moved) + LATENCY_US
 
 
 def _variants(m: int, n: int, depth: int, count: int, size: int, device: Device, many: bool) -> list[Setting]:
