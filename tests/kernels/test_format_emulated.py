@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 import re
 from pathlib import Path
 
@@ -237,6 +238,44 @@ def test_items_that_lead_are_taken_for_all_copies_first(library, items, leading,
     assert sorted(order) == [(i, c) for i in range(items) for c in range(copies)]
     place = sorted(order, key=lambda u: (u[0] >= leading, u[1] // group, u))
     assert order == place
+
+
+def longest_share(library, lengths, copies, copy_bytes, sets):
+    """Work of the set that ends last, over what it must be at least: items taken in the promised order by whoever is ready."""
+    lengths = sorted(lengths, reverse=True)
+    leading = sum(length * len(lengths) > 2 * sum(lengths) for length in lengths)
+    group = library.group_of_copies(ctypes.c_int64(copy_bytes), len(lengths), copies, sets)
+    units = int32(len(lengths) * copies, 2)
+    call(library.staying_order, len(lengths), leading if group < copies else 0, copies, group, units)
+    ends = [0] * sets
+    for item in units[:, 0].tolist():
+        heapq.heapreplace(ends, ends[0] + lengths[item])
+    return max(ends) / max(sum(lengths) * copies / sets, lengths[0])
+
+
+@pytest.mark.parametrize(
+    ("copies", "row_bytes", "rows", "sets"), [(16, 256, 64, 396), (16, 512, 128, 132), (96, 256, 64, 396)]
+)
+@pytest.mark.parametrize("mask", ["causal", "global rows"])
+def test_no_set_of_warpgroups_ends_far_behind_the_others(library, mask, copies, row_bytes, rows, sets):
+    # An H200's multiprocessors, keys and values of 64 and 128 dims; a global row is 13 times as long as others.
+    q_tiles = 8192 // rows
+    lengths = [1 + i * rows // 64 for i in range(q_tiles)] if mask == "causal" else [128] + [10] * (q_tiles - 1)
+    assert longest_share(library, lengths, copies, 8192 * row_bytes, sets) < 1.06
+
+
+def test_groups_of_copies_have_two_rounds_each(library):
+    for items, copies, sets in [
+        (128, 16, 396),
+        (64, 16, 132),
+        (64, 12, 132),
+        (32, 96, 396),
+        (1, 1, 396),
+        (8, 5000, 396),
+    ]:
+        group = library.group_of_copies(ctypes.c_int64(2 << 20), items, copies, sets)
+        last = copies % group or group
+        assert group == copies or min(group, last) * items >= 2 * sets
 
 
 @pytest.mark.parametrize("short", range(4))

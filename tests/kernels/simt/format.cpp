@@ -65,6 +65,10 @@ void schedule(int planes, int q_len, int chunk, int copies, int slots, int* scra
   schedule_items(cells, layout_in(ptr, nullptr, items, nullptr, sizes, 64), {chunk, copies, slots}, scratch, nullptr);
 }
 
+int group_of_copies(int64_t copy_bytes, int items, int copies, int sets) {
+  return static_cast<int>(copies_of_group(copy_bytes, items, copies, sets));
+}
+
 // Item and copy of every unit, one after the other.
 void staying_order(int items, int leading, int copies, int group, int* to) {
   const StayingOrder order{items, leading, copies, group};

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 namespace stof::cuda {
 
 struct Assignment {
@@ -25,5 +27,17 @@ struct StayingOrder {
     return {first + item, first_copy + rest - item * side};
   }
 };
+
+// Copies of a group, for `sets` of warpgroups that take one item after the other: 8 MB of keys and values, for few copies are
+// worked on at a time and their keys should stay in one part of L2, but two rounds of items at least. The last group has two
+// rounds as well, or it would end with its longest items on few multiprocessors.
+inline int64_t copies_of_group(int64_t copy_bytes, int64_t items, int64_t copies, int64_t sets) {
+  constexpr int64_t kCacheBytes = 8 << 20;
+  const int64_t busy = (2 * sets + items - 1) / items;
+  int64_t group = kCacheBytes / (copy_bytes + 1);
+  if (group < busy) group = busy;
+  while (group < copies && copies % group != 0 && copies % group < busy) ++group;
+  return group < copies ? group : copies;
+}
 
 }  // namespace stof::cuda

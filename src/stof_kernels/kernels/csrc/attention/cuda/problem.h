@@ -109,6 +109,10 @@ constexpr int kShapes = 8;
 // Whether blocks of that shape stay and take one item after the other.
 constexpr bool stays(Shape shape) { return shape == Shape::kHopper || shape == Shape::kHopperPair; }
 
+// Up to how many items a multiprocessor these are dealt, and not counted: less than three for each of its sets of warpgroups. So
+// few are one group of copies, which dealing needs: of several groups it would give a block the longest of each.
+constexpr int most_dealt(Shape shape, int head_dim) { return shape == Shape::kHopperPair ? 3 : head_dim <= 64 ? 8 : 5; }
+
 // Query rows of an item of that shape.
 constexpr int query_tile(Shape shape) { return shape == Shape::kLarge || shape == Shape::kHopperPair ? 128 : 64; }
 
