@@ -62,7 +62,7 @@ def test_whole_models_and_pairs_are_measured_and_drawn(finished) -> None:
     assert len([row for row in tables["overhead"] if row.metric == "overhead_time"]) == 4
     pairs = {row.method: row for row in tables["motivation"] if row.metric == "device_time"}
     assert pairs["detached"].status == "ok"
-    assert pairs["fused"].status == "unsupported"  # a second is too short for its compiler
+    assert pairs["fused"].status == "ok"  # a second is too short for its compiler, which is awaited all the same
     drawn = (finished.path / "results" / "fig11.csv").read_text(encoding="utf-8").splitlines()
     assert [line for line in drawn if ",t5,1,32,stof,latency,ms," in line]
 
