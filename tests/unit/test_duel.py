@@ -1,8 +1,7 @@
-"""The experiment of duels: whose cells, which rows, what a cut and an edit cost; and its figure."""
+"""The experiment of duels: whose cells, which rows, what a cut and an edit cost."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from stof_kernels.baselines import Prepared, Unsupported, method, registry
 from stof_kernels.baselines.torch_native import unfused_attention
 from stof_kernels.benchmarking import config as checks
 from stof_kernels.benchmarking import duel as module
-from stof_kernels.benchmarking import experiments, fights, records
+from stof_kernels.benchmarking import fights, records
 from stof_kernels.benchmarking.__main__ import main
 from stof_kernels.benchmarking.check import relative_error, relative_errors
 from stof_kernels.benchmarking.config import ConfigError
@@ -30,7 +29,7 @@ from stof_kernels.benchmarking.experiments import (
     attention_cells,
     duel_cells,
 )
-from stof_kernels.benchmarking.measurement import Measurement, read_rows, write_rows
+from stof_kernels.benchmarking.measurement import Measurement, read_rows
 from stof_kernels.benchmarking.runner import run_job
 from stof_kernels.benchmarking.turns import Turns
 
@@ -403,106 +402,3 @@ def test_what_is_given_goes_before_what_the_experiment_has() -> None:
     plain, own = fights.parse_cells(text, {"heads": 4, "seed": 1}, fields, "cuda")
     assert (plain.problem.heads, plain.problem.head_dim, plain.problem.dtype) == (4, 64, "float16")
     assert (own.problem.heads, own.problem.kv_heads, own.problem.head_dim) == (8, 2, 128)
-
-
-# ---- figure ----------------------------------------------------------------------------------------------------------
-
-
-def fight(rival: str, key: str, low: float, high: float, gpu: str = "h200", **values: object) -> list[Measurement]:
-    (cell,) = duel_cells(SETTINGS | {"cells": [key]}, "cpu")
-    base = {
-        "experiment": "duel",
-        "gpu": gpu,
-        "method": rival,
-        "operator": key.partition(":")[0],
-        **cell.problem.columns(),
-    }
-    middle = (low * high) ** 0.5
-    return [
-        Measurement(**base | {"metric": "device_time", "median": 50 * middle, "exact": True, "rel_err": 1e-4} | values),
-        Measurement(**base, metric="stof_time", median=50.0, exact=True, rel_err=1e-4),
-        Measurement(**base, metric="speedup", median=middle, p20=low, p80=high, samples=10, exact=True),
-    ]
-
-
-def test_the_figure_says_who_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.text import Text
-
-    from stof_kernels.figures import GpuPage, draw, layout
-    from stof_kernels.figures import duel as drawing
-
-    pages = []
-    monkeypatch.setattr(
-        drawing, "save", lambda found, pdf, title: (pages.extend(found), layout.save(found, pdf, title))
-    )
-    missing = fight("fa2", "mha:causal:1x64", 1, 1)[0]
-    missing = replace(missing, median=None, exact=None, rel_err=None, status="unsupported", note="fa2: not here")
-    rows = [
-        *fight("fa4", "mha:causal:1x64", 1.02, 1.04),
-        *fight("fa4", "mha_long:causal:1x96", 0.90, 0.92),
-        *fight("fa4", "mha_bf16:causal:1x64", 0.99, 1.01),
-        *fight("flex_flash", "mha:causal:1x64", 1.30, 1.31, exact=False),
-        missing,
-    ]
-    write_rows(tmp_path / "rows.csv", rows)
-    gpus = [
-        GpuPage("h200", "NVIDIA H200", "recorded", "2026-11-23", stale=("fa4",)),
-        GpuPage("4090", "RTX 4090", "recorded"),
-    ]
-    draw("duel", {"duel": tmp_path / "rows.csv"}, gpus, tmp_path / "f.pdf", tmp_path / "f.csv")
-    with open(tmp_path / "f.csv", encoding="utf-8", newline="") as file:
-        lines = {(line["experiment"], line["rival"]): line for line in csv.DictReader(file)}
-    verdicts = {place: line["verdict"] for place, line in lines.items()}
-    assert verdicts == {
-        ("mha", "fa4"): "stof", ("mha_long", "fa4"): "fa4", ("mha_bf16", "fa4"): "tie", ("mha", "flex_flash"): "stof",
-        ("mha", "fa2"): "",
-    }  # fmt: skip
-    assert float(lines["mha_long", "fa4"]["speedup"]) == pytest.approx(0.91, abs=1e-3)
-    assert lines["mha", "fa2"]["reason"] == "fa2: not here"
-    first, second = ([text.get_text() for text in page.figure.findobj(Text)] for page in pages)
-    text = " ".join(" ".join(first).split())
-    assert "NVIDIA H200 · recorded 2026-11-23" in text
-    assert "FlashAttention-4: 3 cells, STOF faster in 1, slower in 1, 1 tie," in text
-    assert "u = not supported" in text
-    assert "1.000 =" in first
-    assert "‡ measured with an older version of the code: FlashAttention-4" in text
-    assert "Causal, 2 heads × 16, float32 (mha)" in first
-    assert "No rows for this GPU." in second
-
-
-def test_many_duels_stay_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    from stof_kernels.figures import GpuPage, draw, layout
-    from stof_kernels.figures import duel as drawing
-
-    pages = []
-    monkeypatch.setattr(
-        drawing, "save", lambda found, pdf, title: (pages.extend(found), layout.save(found, pdf, title))
-    )
-    rows, settings = [], checks.job_settings(CONFIG, "duel", "cuda")
-    for i, cell in enumerate(duel_cells(settings, "cuda")):
-        base = {"experiment": "duel", "gpu": "h200", "method": "fa4", "operator": cell.key.partition(":")[0]}
-        base |= cell.problem.columns()
-        ratio = 0.9 + 0.01 * i
-        rows.append(Measurement(**base, metric="device_time", median=ratio, exact=True))
-        rows.append(
-            Measurement(**base, metric="speedup", median=ratio, p20=ratio * 0.99, p80=ratio * 1.01, samples=9 + i % 2)
-        )
-    write_rows(tmp_path / "rows.csv", rows)
-    draw(
-        "duel",
-        {"duel": tmp_path / "rows.csv"},
-        [GpuPage("h200", "H200", "measured")],
-        tmp_path / "f.pdf",
-        tmp_path / "f.csv",
-    )
-    (page,) = pages
-    renderer = page.figure.canvas.get_renderer()
-    width, height = page.figure.bbox.width, page.figure.bbox.height
-    assert len(page.figure.axes) > 1
-    for text in [*page.figure.texts, *(t for ax in page.figure.axes for t in ax.texts)]:
-        box = text.get_window_extent(renderer)
-        assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0, text.get_text()
-    assert any("9 to 10 turns" in text.get_text() for text in page.figure.texts)
-    assert experiments.get("duel").id == fights.ID

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stof_kernels.benchmarking.measurement import Measurement, write_rows
-from stof_kernels.figures import GpuPage, draw, floors, layout, scaling
+from stof_kernels.figures import GpuPage, draw, floors, scaling
 from stof_kernels.figures.floors import Rates
 
 pytest.importorskip("matplotlib")
@@ -50,14 +50,11 @@ def sweep() -> list[Measurement]:
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def drawn(tmp_path: Path, pages_of):
     """Draw rows on one page; returns the page's texts, its axes, and the table's lines."""
     from matplotlib.text import Text
 
-    pages = []
-    monkeypatch.setattr(
-        scaling, "save", lambda found, pdf, title: (pages.extend(found), layout.save(found, pdf, title))
-    )
+    pages = pages_of(scaling)
 
     def run(rows: list[Measurement]):
         write_rows(tmp_path / "rows.csv", rows)

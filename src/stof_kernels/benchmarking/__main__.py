@@ -10,7 +10,7 @@ from typing import Any
 from stof_kernels.kernels import BuildError
 
 from . import config, records
-from .fights import FIELDS, parse_cells
+from .fights import parse_cells
 from .timing import Budget
 
 
@@ -101,8 +101,7 @@ def _fields(path: Path, device: str) -> dict[str, dict[str, Any]]:
     import yaml
 
     found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    sections = {name: section for name, section in found.get("experiments", {}).items() if name in FIELDS}
-    return {name: config.job_settings({"seed": 0, "experiments": sections}, name, device) for name in sections}
+    return config.fields_of_duels({"seed": 0, "experiments": {}} | found, device)
 
 
 if __name__ == "__main__":

@@ -140,12 +140,12 @@ def _check_fights(config: Mapping[str, Any], known: known_experiments.Experiment
         for number, entry in enumerate(entries):
             _check_known(f"{where}.fights.{device}.{number}.rivals", entry["rivals"], known.methods)
         try:
-            fights.settings_of(section, _fields(config, device), "", device)
+            fights.settings_of(section, fields_of_duels(config, device), "", device)
         except fights.FightError as error:
             raise ConfigError(f"{where}.{error}") from None
 
 
-def _fields(config: Mapping[str, Any], device: str) -> dict[str, Any]:
+def fields_of_duels(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     """The experiments that cells of a duel can come from, as settings of their jobs."""
     return {name: job_settings(config, name, device) for name in config["experiments"] if name in fights.FIELDS}
 
@@ -213,7 +213,7 @@ def selected_methods(config: Mapping[str, Any], experiment: str, device: str = "
         return []
     specs = list(known_experiments.get(experiment).specs)
     if experiment == fights.ID:
-        named = fights.rivals(section, [device] if device else ("cuda", "cpu"))
+        named = fights.rivals(section, device)
         specs = [spec for spec in specs if spec.id in named]
     return specs if section["methods"] == ALL else [spec for spec in specs if spec.id in section["methods"]]
 
@@ -225,7 +225,7 @@ def job_settings(config: Mapping[str, Any], experiment: str, device: str, method
     """
     section = {name: value for name, value in config["experiments"][experiment].items() if name != "methods"}
     if experiment == fights.ID:
-        section |= fights.settings_of(section, _fields(config, device), method, device)
+        section |= fights.settings_of(section, fields_of_duels(config, device), method, device)
         section.pop("fights")
     return {name: _of_device(value, device) for name, value in section.items()} | {"seed": config["seed"]}
 

@@ -6,7 +6,6 @@ more than close methods do; the ratio within a turn does not.
 
 from __future__ import annotations
 
-import gc
 import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,13 +63,15 @@ def duel(problem: Problem, first: str, second: str, budget: Budget, experiment: 
     """
     import torch
 
+    from .model_memory import give_back
+
     specs = [baselines.get(name) for name in (first, second)]
     beside = all(spec.id in _BESIDE for spec in specs)
     with torch.no_grad(), nullcontext() if beside else turns().alone():
         tensors = shared_tensors(problem)
         sides = [_ready(spec, problem, tensors, experiment) for spec in specs]
         outputs, errors = _checked(specs, sides, problem, tensors)
-        _give_back(problem.device)
+        give_back(problem.device)  # while this job waits for its turn, it holds its tensors alone
         with turns().alone():
             arms = [device_arm(side.run, problem.device, budget) for side in sides]
             taken = interleave(arms, budget)
@@ -117,14 +118,14 @@ def _ready(spec: MethodSpec, problem: Problem, tensors: Tensors, experiment: str
 
 def _checked(specs: list[MethodSpec], sides: list[Prepared], problem: Problem, tensors: Tensors) -> tuple:
     """(outputs, relative errors) of both sides; the reference is formed once where both apply the same mask."""
-    from .check import TOLERANCE, relative_errors
+    from .check import TOLERANCE, relative_error, relative_errors
 
     outputs = [side.run() for side in sides]
     if sides[0].applied == sides[1].applied:
         errors = relative_errors(problem, tensors, sides[0].applied, outputs)
     else:
-        found = (relative_errors(problem, tensors, s.applied, [out]) for s, out in zip(sides, outputs, strict=True))
-        errors = [error for (error,) in found]
+        pairs = zip(sides, outputs, strict=True)
+        errors = [relative_error(problem, tensors, side.applied, out) for side, out in pairs]
     allowed = TOLERANCE[problem.dtype]
     for spec, error in zip(specs, errors, strict=True):
         if not error <= allowed:  # also true for nan
@@ -140,13 +141,3 @@ def _unchanged(specs: list[MethodSpec], sides: list[Prepared], outputs: list, pr
     for spec, side, out in zip(specs, sides, outputs, strict=True):
         if not same_output(out, side.run(), TOLERANCE[problem.dtype]):
             raise DuelError(f"{spec.id}: the output changed while it was timed", "wrong_result")
-
-
-def _give_back(device: str) -> None:
-    """What the check needed, before another job's turn: while this one waits, it holds its tensors alone."""
-    if device == "cuda":
-        import torch
-
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ meets there. A key with ``*`` or ``?`` stands for all of that experiment's cells
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -31,9 +31,10 @@ class FightError(ValueError):
     """An entry that names no duel. The message is one line: which entry, what it holds, what is allowed."""
 
 
-def rivals(section: Mapping[str, Any], devices: Iterable[str] = ("cuda", "cpu")) -> set[str]:
-    """Methods that the section lets fight on any of these kinds of device."""
-    return {rival for device in devices for entry in section["fights"][device] for rival in entry["rivals"]}
+def rivals(section: Mapping[str, Any], device: str = "") -> set[str]:
+    """Methods that the section lets fight on that kind of device, or on any."""
+    fights = section["fights"]
+    return {rival for own in ([device] if device else fights) for entry in fights[own] for rival in entry["rivals"]}
 
 
 def settings_of(

@@ -28,6 +28,8 @@ LABEL_EXCHANGE = (
 )
 VIT = "ViT: the second number is the image side; tokens = (side/16)² + 1, and side 2048 is run as 512."
 
+NOT_IN_THE_PAPER = "The paper has no such figure, so there are no published numbers to draw."
+
 
 def is_published(rows: Iterable[Measurement]) -> bool:
     """Whether the rows are the authors' numbers."""

@@ -22,6 +22,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "not_measured": ("n", "not measured"),
     "no_baseline": ("b", "no baseline to divide by"),
 }
+_IN_TABLES = {True: "true", False: "false", None: ""}
 EXACTNESS = {True: "exact", False: "not exact", None: "exactness not recorded"}
 
 
@@ -124,6 +125,11 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
+def truth(value: bool | None) -> str:
+    """true, false, or empty for None."""
+    return _IN_TABLES[value]
+
+
 def table_line(figure: str, b: Bar, gpu: str, baseline: Measurement | None, **where: object) -> dict[str, object]:
     """One line of the table behind a figure of speedups."""
     row = b.row
@@ -141,8 +147,8 @@ def table_line(figure: str, b: Bar, gpu: str, baseline: Measurement | None, **wh
         "baseline_median": number(baseline.median) if baseline else "",
         "speedup": number(b.ratio),
         "status": b.status,
-        "exact": {True: "true", False: "false", None: ""}[b.exact],
-        "repeated": "true" if b.repeated else "false",
+        "exact": truth(b.exact),
+        "repeated": truth(b.repeated),
         "source": row.source if row else "",
         "reason": b.reason,
         "note": row.note if row else "",

@@ -109,8 +109,7 @@ def _page(page: GpuPage, rows: Sequence[Measurement], points: Sequence[_Point]) 
     title = f"{_TITLE} · {FIGURES['crossover'].title}"
     subtitle = captions.subtitle(page, rows)
     if not points:
-        hint = "The paper has no such figure, so there are no published numbers to draw."
-        return empty_page(title, subtitle, captions.no_rows(page, "planner", hint))
+        return empty_page(title, subtitle, captions.no_rows(page, "planner", captions.NOT_IN_THE_PAPER))
     drawn = Page(title, subtitle, _caption(page, rows))
     handles = [Line2D([], [], color=c, linestyle=s, marker=m, markersize=4) for _, c, s, m in _KERNELS.values()]
     handles += [

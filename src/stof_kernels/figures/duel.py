@@ -49,11 +49,17 @@ class _Fight:
     ratio: Measurement | None
 
     @property
+    def spread(self) -> tuple[float, float]:
+        """20th and 80th percentile of a fight that was held, the ratio itself where a row has none."""
+        low, high = self.ratio.p20, self.ratio.p80  # type: ignore[union-attr]
+        return low or self.ratio.median, high or self.ratio.median  # type: ignore[union-attr, return-value]
+
+    @property
     def verdict(self) -> str:
         """Who is faster in at least eight of ten turns; a tie where neither is."""
         if self.ratio is None or self.ratio.median is None:
             return ""
-        low, high = self.ratio.p20 or self.ratio.median, self.ratio.p80 or self.ratio.median
+        low, high = self.spread
         return "stof" if low > 1 else self.rival.method if high < 1 else _TIE
 
 
@@ -111,7 +117,7 @@ def _line(page: GpuPage, fight: _Fight) -> dict[str, object]:
         "turns": ratio.samples if ratio else "",
         "verdict": fight.verdict,
         "status": row.status,
-        "exact": {True: "true", False: "false", None: ""}[row.exact],
+        "exact": cells.truth(row.exact),
         "source": row.source,
         "reason": row.note if row.status != "ok" else "",
     }
@@ -122,8 +128,7 @@ def _page(page: GpuPage, rows: Sequence[Measurement], fights: Sequence[_Fight]) 
     subtitle = captions.subtitle(page, rows)
     held = [fight for fight in fights if fight.verdict]
     if not held:
-        hint = "The paper has no such figure, so there are no published numbers to draw."
-        reason = captions.no_rows(page, "duel", hint) if not fights else _gaps(fights)
+        reason = captions.no_rows(page, "duel", captions.NOT_IN_THE_PAPER) if not fights else _gaps(fights)
         return empty_page(title, subtitle, reason)
     drawn = Page(title, subtitle, _caption(page, rows, fights))
     methods = in_order({fight.rival.method for fight in fights}, METHODS)
@@ -159,7 +164,7 @@ def _starts(fights: Sequence[_Fight], i: int) -> bool:
 
 def _span(held: Sequence[_Fight]) -> tuple[float, float]:
     """The same axis for all columns, 1 always inside."""
-    ends = [end for f in held for end in (f.ratio.p20 or f.ratio.median, f.ratio.p80 or f.ratio.median)]  # type: ignore
+    ends = [end for fight in held for end in fight.spread]
     return min(0.95, min(ends) / 1.03), max(1.05, max(ends) * 1.03)
 
 
@@ -204,8 +209,7 @@ def _one(ax: Axes, fight: _Fight, y: float) -> None:
         ax.text(1, y, letter, ha="center", va="center", fontsize=_SMALL, style="italic", bbox=box)
         return
     ratio = fight.ratio
-    low, high = ratio.p20 or ratio.median, ratio.p80 or ratio.median  # type: ignore[union-attr]
-    ax.plot([low, high], [y, y], color="#444444", linewidth=1.4, solid_capstyle="butt")
+    ax.plot(fight.spread, [y, y], color="#444444", linewidth=1.4, solid_capstyle="butt")
     ax.plot(ratio.median, y, **_marker(fight.rival.method, fight.rival.exact))  # type: ignore[union-attr]
     text = f"{ratio.median:.3f}" + (" =" if fight.verdict == _TIE else "")  # type: ignore[union-attr]
     ax.annotate(text, (1, y), xytext=(4, 0), ha="left", annotation_clip=False, **side)

@@ -142,7 +142,7 @@ def _line(page: GpuPage, panel: _Panel, row: Measurement, peak: Measurement | No
         "p80_us": cells.number(row.p80),
         "peak_mib": cells.number(peak.median) if peak else "",
         "status": row.status,
-        "exact": {True: "true", False: "false", None: ""}[row.exact],
+        "exact": cells.truth(row.exact),
         "source": row.source,
         "reason": row.note if row.status != "ok" else "",
     }
@@ -153,9 +153,8 @@ def _page(page: GpuPage, rows: Sequence[Measurement], panels: Sequence[_Panel]) 
     subtitle = captions.subtitle(page, rows)
     timed = {row.method for row in rows if row.metric == "device_time" and row.status == "ok"}
     if not timed:
-        hint = "The paper has no such figure, so there are no published numbers to draw."
         reason = "No row of this GPU has a time to draw; the table says why." if rows else ""
-        return empty_page(title, subtitle, reason or captions.no_rows(page, "scaling", hint))
+        return empty_page(title, subtitle, reason or captions.no_rows(page, "scaling", captions.NOT_IN_THE_PAPER))
     methods = in_order(timed, METHODS)
     drawn = Page(title, subtitle, _caption(page, rows, panels, methods))
     handles = [Line2D([], [], **_look(methods, method)) for method in methods] + [Line2D([], [], **_REFERENCE)]
