@@ -8,7 +8,7 @@ from test_cuda_attention import KERNELS, TOLERANCE, assert_right, attend, draw, 
 
 pytestmark = pytest.mark.gpu
 
-SHORT = ("hopper_split", "hopper_quad", "hopper_twin")
+SHORT = ("hopper_split", "hopper_quad")
 
 
 @pytest.fixture(params=SHORT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ KERNEL_HEADERS = ("common.cuh", "hopper_config.cuh", "hopper_rows.cuh", "hopper_
 # What is built, and what could be.
 BUILT = {f"{tile.shape}_{tile.dim}": tile for tile in instances.HOPPER_TILES}
 KERNELS = BUILT | {
-    "first_keys": replace(BUILT["hopper_64"], first_keys=True),
-    "halved": instances.HopperTile("hopper", 64, 3, 1, slots=7, registers=152, paired=False, first_keys=True),
+    "halved": instances.HopperTile("hopper", 64, 3, 1, slots=7, registers=152, paired=False),
 }
 ITEM_INTS = 12
 

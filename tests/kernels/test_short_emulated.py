@@ -11,9 +11,9 @@ import torch
 from emulation import SIMT, emulated_library
 from test_hopper_emulated import CUDA, assert_right, draw, layout
 
-# In the order of simt/hopper_short/hopper_short.cpp; "new" ones are compile-time variants.
-KERNELS = ("split", "quad", "twin", "split_new", "quad_new", "twin_new")
-SHARING = ("twin", "quad_new", "twin_new")
+# In the order of simt/hopper_short/hopper_short.cpp; the last two could be built.
+KERNELS = ("split", "quad", "quad_alone", "two_share")
+SHARING = ("quad", "two_share")
 HEADERS = ("common.cuh", "item_order.cuh", "hopper_config.cuh", "hopper_rows.cuh", "hopper_split_config.cuh",
            "hopper_split_join.cuh", "hopper_split.cuh", "hopper_split_run.cuh", "hopper_maps.h", "problem.h")  # fmt: skip
 # Two blocks' shared memory, a megabyte apart; descriptors of operands are of the block that uses them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad", "hopper_twin")
+SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Names in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h; plan[3] is the index plus one."""
 
 _TYPES = {"fp16": "__half", "bf16": "__nv_bfloat16"}
@@ -75,8 +75,7 @@ class Instance:
 class HopperTile:
     """Template arguments of one instantiation of the Hopper kernel: ``sets`` of ``share`` warpgroups, each set with a ring of
     ``slots``; ``registers`` of a thread that multiplies. A slot has the keys of a tile and the values of the tile before if
-    ``paired``, else the one or the other. ``first_keys``: rows whose first keys come in a later tile start there, which else
-    takes the tile's products twice."""
+    ``paired``, else the one or the other."""
 
     shape: str
     dim: int
@@ -85,7 +84,6 @@ class HopperTile:
     slots: int
     registers: int
     paired: bool
-    first_keys: bool = False
 
     defined_by: ClassVar[tuple[str, str]] = ("hopper_run.cuh", "STOF_HOPPER")
     """Header and macro that define a launcher."""
@@ -93,8 +91,7 @@ class HopperTile:
     @property
     def arguments(self) -> tuple[int | str, ...]:
         """Of the macro, behind name and type."""
-        flags = (str(flag).lower() for flag in (self.paired, self.first_keys))
-        return self.dim, self.sets, self.share, self.slots, self.registers, *flags
+        return self.dim, self.sets, self.share, self.slots, self.registers, str(self.paired).lower()
 
     @property
     def q_tile(self) -> int:
@@ -121,10 +118,6 @@ class HopperSplitTile:
     blocks: int = 1
     shares: bool = False
     """Blocks are launched in clusters of two, which share the longest items."""
-    early: bool = False
-    """Bitmaps are copied before the wait for the kernel before, keys and values by four warps of a warpgroup, not two."""
-    first_keys: bool = False
-    """Rows whose first keys come in a later tile start there, which else takes the tile's products twice."""
 
     defined_by: ClassVar[tuple[str, str]] = ("hopper_split_run.cuh", "STOF_HOPPER_SPLIT")
     """Header and macro that define a launcher."""
@@ -132,8 +125,7 @@ class HopperSplitTile:
     @property
     def arguments(self) -> tuple[int | str, ...]:
         """Of the macro, behind name and type."""
-        flags = (str(flag).lower() for flag in (self.shares, self.early, self.first_keys))
-        return self.dim, self.groups, self.stages, self.blocks, *flags
+        return self.dim, self.groups, self.stages, self.blocks, str(self.shares).lower()
 
     @property
     def q_tile(self) -> int:
@@ -195,8 +187,7 @@ HOPPER_TILES = (
 )
 _HOPPER_SPLIT_TILES = (
     HopperSplitTile("hopper_split", 64, groups=2, stages=2, blocks=2),
-    HopperSplitTile("hopper_quad", 64, groups=4, stages=2),
-    HopperSplitTile("hopper_twin", 64, groups=2, stages=4, shares=True),
+    HopperSplitTile("hopper_quad", 64, groups=4, stages=2, shares=True),
 )
 
 

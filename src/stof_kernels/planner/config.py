@@ -9,9 +9,9 @@ from .problem import AttentionProblem
 
 ROW_WISE, BLOCK_WISE = "row_wise", "block_wise"
 _CODES = {ROW_WISE: 0, BLOCK_WISE: 1}
-SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad", "hopper_twin")
+SHAPES = ("wide", "large", "split", "hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Arrangements of the CUDA block-wise kernel, in the order of ``enum class Shape`` in csrc/attention/cuda/problem.h."""
-HOPPER = ("hopper", "hopper_pair", "hopper_split", "hopper_quad", "hopper_twin")
+HOPPER = ("hopper", "hopper_pair", "hopper_split", "hopper_quad")
 """Those that need Hopper's own instructions."""
 
 
@@ -64,7 +64,6 @@ _HOPPER_CANDIDATES = (
     _shape("hopper_pair"),
     _shape("hopper_split"),
     _shape("hopper_quad"),
-    _shape("hopper_twin"),
     _shape("wide"),
     KernelConfig(ROW_WISE, 1, 0),
 )
@@ -75,7 +74,6 @@ _SHAPE_DIMS = dict.fromkeys(("large", "split", "hopper"), (32, 64, 96, 128)) | {
     "hopper_pair": (96, 128),
     "hopper_split": (32, 64),
     "hopper_quad": (32, 64),
-    "hopper_twin": (32, 64),
 }
 
 

@@ -49,14 +49,14 @@ class CudaBlockCosts:
     tile_slow: float = 0.0
     chain_slow: float = 0.0
     """Extra of one key tile, on a full multiprocessor and in the longest list, in which a row meets its first key after others
-    of its warp: the Hopper kernels then do a tile twice."""
+    of its warp: the Hopper kernels then look for its maximum."""
     turn: float = 0.0
     blocks: int = 0
     """Kernels for short calls: ``blocks`` of them fit on a multiprocessor, one an item, and each time that the device is filled
     with them takes ``turn`` more, however many the last ones are."""
     halves: int = 0
-    """Lists of at least so many key tiles are worked through by two blocks side by side, where all such blocks find a
-    multiprocessor of their own; 0: never."""
+    """The longest lists, of at least so many key tiles, are worked through by two blocks side by side: as many as leave each
+    block a multiprocessor of its own; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,17 @@ CPU_COSTS = {
 
 # Fitted to 1163 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.75 and 1.25 of measured. Other
 # cards are sized by their multiprocessors; the ratios between the kernels are assumed to carry over until one is measured.
-# A tile of hopper up to 64 dims and of hopper_pair was scaled by what paired slots brought on long rows, 0.926 and 0.925.
+# A tile of hopper up to 64 dims and of hopper_pair was scaled by what paired slots brought on long rows, 0.926 and 0.925, and
+# what a late first key costs them by what is left of it where only the maximum is looked for, a third.
 CUDA_BLOCK_COSTS = {
     "wide": CudaBlockCosts(2.65, 0.028, 0.480, 0.0, 0.620, 0.508, 0.489, 3.97),
     "large": CudaBlockCosts(2.92, 0.0, 1.090, 0.0, 1.203, 1.087, 0.503, 4.08),
     "split": CudaBlockCosts(2.84, 0.195, 0.347, 0.816, 1.694, 0.221, 0.439, 4.83),
-    "hopper": CudaBlockCosts(2.37, 0.009, 0.246, 0.0, 0.637, 0.144, 0.302, 3.97, 0.359, 0.796),
-    "hopper_pair": CudaBlockCosts(3.39, 0.233, 0.305, 0.0, 1.228, 0.591, 0.082, 3.99, 0.518, 0.985),
-    "hopper_split": CudaBlockCosts(0.90, 0.0, 0.389, 0.0, 0.0, 0.0, 0.629, 4.70, 0.400, 0.365, turn=1.835, blocks=2),
-    "hopper_quad": CudaBlockCosts(0.69, 0.0, 0.359, 0.0, 0.0, 0.0, 0.418, 4.70, 0.237, 0.508, turn=1.988, blocks=1),
-    "hopper_twin": CudaBlockCosts(
-        0.69, 0.0, 0.359, 0.0, 0.0, 0.0, 0.418, 4.70, 0.237, 0.508, turn=2.209, blocks=1, halves=4
+    "hopper": CudaBlockCosts(2.37, 0.009, 0.246, 0.0, 0.637, 0.144, 0.302, 3.97, 0.12, 0.27),
+    "hopper_pair": CudaBlockCosts(3.39, 0.233, 0.305, 0.0, 1.228, 0.591, 0.082, 3.99, 0.17, 0.33),
+    "hopper_split": CudaBlockCosts(0.882, 0.0, 0.408, 0.0, 0.0, 0.0, 0.865, 4.70, 0.421, 0.250, turn=1.599, blocks=2),
+    "hopper_quad": CudaBlockCosts(
+        0.868, 0.0, 0.381, 0.0, 0.0, 0.0, 0.400, 4.70, 0.309, 0.449, turn=2.012, blocks=1, halves=4
     ),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)

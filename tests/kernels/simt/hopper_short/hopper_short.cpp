@@ -18,12 +18,10 @@ bool make_hopper_maps(const Problem& p, HopperMaps* maps) {
 
 using namespace stof::cuda;
 
-STOF_HOPPER_SPLIT(split, __half, 64, 2, 2, 2, false, false, false)
-STOF_HOPPER_SPLIT(quad, __half, 64, 4, 2, 1, false, false, false)
-STOF_HOPPER_SPLIT(twin, __half, 64, 2, 4, 1, true, false, false)
-STOF_HOPPER_SPLIT(split_new, __half, 64, 2, 2, 2, false, true, true)
-STOF_HOPPER_SPLIT(quad_new, __half, 64, 4, 2, 1, true, true, true)
-STOF_HOPPER_SPLIT(twin_new, __half, 64, 2, 2, 1, true, true, true)
+STOF_HOPPER_SPLIT(split, __half, 64, 2, 2, 2, false)
+STOF_HOPPER_SPLIT(quad, __half, 64, 4, 2, 1, true)
+STOF_HOPPER_SPLIT(quad_alone, __half, 64, 4, 2, 1, false)
+STOF_HOPPER_SPLIT(two_share, __half, 64, 2, 2, 1, true)
 
 extern "C" {
 
@@ -55,7 +53,7 @@ int run(int kernel, const void* q, const void* k, const void* v, void* out, floa
   layout.group_blocks = FastDivisor(std::max(1, layout.item_limit * layout.copies));
   layout.group_copies = layout.last_copies = FastDivisor(layout.copies);
   device_units = sizes[7];
-  const BlockWiseLauncher launchers[] = {split, quad, twin, split_new, quad_new, twin_new};
+  const BlockWiseLauncher launchers[] = {split, quad, quad_alone, two_share};
   return launchers[kernel](p, layout, nullptr);
 }
 

@@ -11,8 +11,7 @@
 
 namespace stof::cuda {
 
-template <typename T_, int kDim_, int kSets_, int kShare_, int kSlots_, int kRegisters_, bool kPaired_,
-          bool kFirstKeys_>
+template <typename T_, int kDim_, int kSets_, int kShare_, int kSlots_, int kRegisters_, bool kPaired_>
 struct HopperConfig {
   using T = T_;
   static constexpr int kDim = kDim_;              // head dim, padded: 64 or 128
@@ -21,7 +20,6 @@ struct HopperConfig {
   static constexpr int kSlots = kSlots_;          // of a set's ring
   static constexpr int kRegisters = kRegisters_;  // of a thread that multiplies
   static constexpr bool kPaired = kPaired_;       // keys of a tile and values of the tile before in one slot
-  static constexpr bool kFirstKeys = kFirstKeys_;  // rows that meet their first keys late do not make the tile again
 
   static constexpr int kRows = kShare * 64;  // query tile
   static constexpr int kKeys = 64;           // key tile

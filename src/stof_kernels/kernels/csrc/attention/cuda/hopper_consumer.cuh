@@ -20,9 +20,8 @@ class HopperConsumer {
       barrier_wait(control.query_full(), lap);
       const int2 lengths = control.lengths(lap);
       if (lengths.x < 0) return;
-      rows.load_queries(memory);
-      release(control.query_empty());
       work(lengths.x, lengths.y);
+      if (lengths.x == 0) release(control.query_empty());  // else first_tile() did
       rows.finish();
       const HopperItem item = control.get(lap);
       if (item.part < 0) rows.write_output({item.batch, item.head, 0}, item.row0);
@@ -66,7 +65,7 @@ class HopperConsumer {
   // By the bitmap of a slot.
   __device__ __forceinline__ void mask(Scores& s, int slot) {
     rows.mask_scores(s, words_at(slot));
-    if constexpr (C::kFirstKeys) rows.meet_first_keys(s);
+    rows.meet_first_keys(s);
   }
 
   __device__ void work(int tiles, int full_tiles) {
@@ -75,9 +74,19 @@ class HopperConsumer {
       rows.zero_output();
       return;
     }
+    rows.load_queries(memory);
     barrier_wait(control.full(place.slot), place.parity);
     if constexpr (C::kPaired) work_paired(tiles, full_tiles);
     else work_halved(tiles, full_tiles);
+  }
+
+  // Queries have left shared memory for certain once a product has taken them from registers. To have asked for them is not
+  // enough: those loads may stand behind the stores of the last item for longer than the next queries take to come.
+  __device__ __forceinline__ void first_tile(Operand& probability, bool partial) {
+    Scores s;
+    rows.first_scores(s, keys_at(place.slot));
+    release(control.query_empty());
+    rows.first_softmax(s, partial, words_at(place.slot), probability);
   }
 
   // ---- slots with the keys of a tile and the values of the tile before ----------------------------------------------------
@@ -94,7 +103,7 @@ class HopperConsumer {
   __device__ void work_paired(int tiles, int full_tiles) {
     Operand even, odd;
     Unsettled last{place.slot, {0.f, 0.f}};  // the first tile fits
-    rows.first_tile(keys_at(place.slot), full_tiles == 0, words_at(place.slot), even);
+    first_tile(even, full_tiles == 0);
     advance();
 #pragma unroll 1
     for (int tile = 1;; tile += 2) {
@@ -149,7 +158,7 @@ class HopperConsumer {
 
   __device__ void work_halved(int tiles, int full_tiles) {
     Operand probability;
-    rows.first_tile(keys_at(place.slot), full_tiles == 0, words_at(place.slot), probability);
+    first_tile(probability, full_tiles == 0);
     release(control.empty(place.slot));
     place.advance();
     barrier_wait(control.full(place.slot), place.parity);

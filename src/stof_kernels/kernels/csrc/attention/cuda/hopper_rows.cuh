@@ -162,12 +162,14 @@ class HopperRows {
     for (int i = 0; i < C::kDim / 2; ++i) o[i] *= factor[(i >> 1) & 1];
   }
 
-  // The first tile of a list, under whose softmax no product runs.
-  __device__ __forceinline__ void first_tile(uint32_t keys, bool partial, uint32_t words, Operand& probability) {
-    Scores s;
+  // The first tile of a list, under whose softmax no product runs: scores, then probabilities.
+  __device__ __forceinline__ void first_scores(Scores& s, uint32_t keys) {
     start_scores(s, keys);
     products_wait<0>();
     pin_registers(s);
+  }
+
+  __device__ __forceinline__ void first_softmax(Scores& s, bool partial, uint32_t words, Operand& probability) {
     if (partial) mask_scores(s, words);
     exact_softmax(s);
     pack(s, probability);

@@ -102,10 +102,9 @@ cudaError_t launch_hopper_as(const Problem& problem, const BlockLayout& layout, 
 }  // namespace stof::cuda
 
 // Defines one launcher; the translation units that instances.py generates consist of these.
-#define STOF_HOPPER(name, T, dim, sets, share, slots, registers, paired, first_keys)                                   \
-  namespace stof::cuda {                                                                                               \
-  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                           \
-    using Config = HopperConfig<T, dim, sets, share, slots, registers, paired, first_keys>;                            \
-    return launch_hopper_as<Config>(problem, layout, stream);                                                          \
-  }                                                                                                                    \
+#define STOF_HOPPER(name, T, dim, sets, share, slots, registers, paired)                                           \
+  namespace stof::cuda {                                                                                           \
+  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                       \
+    return launch_hopper_as<HopperConfig<T, dim, sets, share, slots, registers, paired>>(problem, layout, stream); \
+  }                                                                                                                \
   }

@@ -60,19 +60,15 @@ class HopperSplit {
     return true;
   }
 
-  // The first copies, all at once, as soon as what earlier kernels wrote can be read. A block without a tile copies nothing, for
-  // it would not wait for it.
+  // The first copies, keys and values of two tiles at a time by a warp each, as soon as what earlier kernels wrote can be read;
+  // bitmaps even before. A block without a tile copies nothing, for it would not wait for it.
   __device__ void start() {
-    constexpr int kTiles = C::kEarly ? 2 : 1;  // that are copied at a time, keys and values by a warp each
     const int first = warp / 2, is_value = warp % 2, here = min(own, C::kStages);
-    const bool brings = lane == 0 && first < kTiles;
-    const bool brings_queries = threadIdx.x == (C::kEarly ? C::kThreads - 32 : 64) && item.tiles().x > 0;
+    const bool brings = lane == 0;
+    const bool brings_queries = threadIdx.x == C::kThreads - 32 && item.tiles().x > 0;
     const Source from = source(min(first, C::kStages - 1));
     if (brings) {
-      for (int i = first; i < here; i += kTiles) {
-        announce(i, is_value);
-        if (C::kEarly && has_words(i, is_value)) bring_words(i);
-      }
+      for (int i = first; i < here; i += 2) announce(i, is_value);
     }
     if (brings_queries) barrier_expect(item.query_full(), C::kTileBytes);
     wait_for_predecessor();
@@ -83,8 +79,8 @@ class HopperSplit {
                  from.place.y);
     }
     if (brings && first < here) {
-      bring(from, first, is_value, C::kEarly);
-      for (int i = first + kTiles; i < here; i += kTiles) bring(source(i), i, is_value, C::kEarly);
+      bring(from, first, is_value);
+      for (int i = first + 2; i < here; i += 2) bring(source(i), i, is_value);
     }
     __syncwarp();
   }
@@ -102,7 +98,11 @@ class HopperSplit {
     barrier_wait(item.query_full(), 0);
     rows.load_queries(memory + C::kQueriesAt);
     barrier_wait(full(0, 0), 0);
-    rows.first_tile(slot(0, 0), is_partial(0), words(0), probability);
+    {
+      Scores s;
+      rows.first_scores(s, slot(0, 0));
+      rows.first_softmax(s, is_partial(0), words(0), probability);
+    }
     release(0, 0);
 #pragma unroll 1
     for (int i = 1; i < own; ++i) {
@@ -116,7 +116,7 @@ class HopperSplit {
       pin_registers(s);
       if (partial) {
         rows.mask_scores(s, words(i));
-        if constexpr (C::kFirstKeys) rows.meet_first_keys(s);
+        rows.meet_first_keys(s);
       }
       float sum[2];
       rows.exponentials(s, sum);
@@ -173,9 +173,8 @@ class HopperSplit {
   // Of this warpgroup: how many of its tiles are full, which come first, and its number among those that share the item.
   __device__ uint32_t dealt_at() const { return own_memory + C::kBarriersAt + C::kStages * 32; }
   __device__ int2 dealt() const { return load_shared2(dealt_at()); }
-  // Whether its tile `i` has a bitmap; whether that comes with what is said here.
+  // Whether its tile `i` has a bitmap.
   __device__ bool is_partial(int i) const { return i >= dealt().x; }
-  __device__ bool has_words(int i, int is_value) const { return is_value == 0 && is_partial(i); }
 
   // How many of the item's first `n` tiles are that warpgroup's, of `dealt` of them.
   static __device__ int own_of(int n, int group, int dealt) { return n > group ? (n - group - 1) / dealt + 1 : 0; }
@@ -196,13 +195,17 @@ class HopperSplit {
     return from;
   }
 
-  // Tells the barrier of keys or values of tile `i` what comes.
+  // Tells the barrier of keys or values of tile `i` what comes, and brings its bitmap, which is of the layout and not of the call.
   __device__ void announce(int i, int is_value) const {
-    barrier_expect(full(i, is_value), C::kTileBytes + (has_words(i, is_value) ? C::kWordBytes : 0));
+    const bool has_words = is_value == 0 && is_partial(i);
+    barrier_expect(full(i, is_value), C::kTileBytes + (has_words ? C::kWordBytes : 0));
+    if (!has_words) return;
+    const int64_t bits = item.more().y + number(i);
+    copy_bytes(words(i), layout.bits + bits * (C::kWordBytes / 4), C::kWordBytes, full(i, 0));
   }
 
   // Keys or values of tile `i` of this warpgroup. An absent run reads past the last row: zeros.
-  __device__ void bring(const Source& from, int i, int is_value, bool words_are_here) const {
+  __device__ void bring(const Source& from, int i, int is_value) const {
     const int4 place = from.place;
     const int run[4] = {from.runs.x, from.runs.y, from.runs.z, from.runs.w};
     const uint32_t barrier = full(i, is_value), dst = slot(i, is_value);
@@ -221,13 +224,6 @@ class HopperSplit {
                    place.w, place.y);
       }
     }
-    if (!words_are_here && has_words(i, is_value)) bring_words(i);
-  }
-
-  // Bitmap of its tile `i`: of the layout, not of the call.
-  __device__ void bring_words(int i) const {
-    const int64_t bits = item.more().y + number(i);
-    copy_bytes(words(i), layout.bits + bits * (C::kWordBytes / 4), C::kWordBytes, full(i, 0));
   }
 
   // This warp is done with tile `i` of keys or values; the warp that brings them puts another in their place once all are.
@@ -240,7 +236,7 @@ class HopperSplit {
         const int next = i + C::kStages;
         barrier_wait(empty(i, is_value), parity(next) ^ 1);  // parity(i), which would wait in a register since the loop began
         announce(next, is_value);
-        bring(source(next), next, is_value, false);
+        bring(source(next), next, is_value);
       }
     }
     __syncwarp();

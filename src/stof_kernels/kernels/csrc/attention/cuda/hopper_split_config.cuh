@@ -6,8 +6,7 @@
 
 namespace stof::cuda {
 
-template <typename T_, int kDim_, int kGroups_, int kStages_, int kBlocksPerUnit_, bool kShares_, bool kEarly_,
-          bool kFirstKeys_>
+template <typename T_, int kDim_, int kGroups_, int kStages_, int kBlocksPerUnit_, bool kShares_>
 struct HopperSplitConfig {
   using T = T_;
   static constexpr int kDim = kDim_;        // head dim, padded: 64 or 128
@@ -15,11 +14,6 @@ struct HopperSplitConfig {
   static constexpr int kStages = kStages_;  // key tiles that a warpgroup holds
   static constexpr int kBlocksPerUnit = kBlocksPerUnit_;  // blocks that a multiprocessor has room for
   static constexpr bool kShares = kShares_;  // blocks are launched in clusters of two, which share the longest items
-  // Bitmaps are copied before the wait for the kernel before this one, and keys and values of two tiles at a time by four warps;
-  // otherwise a bitmap comes with its keys, and two warps copy all.
-  static constexpr bool kEarly = kEarly_;
-  // Rows whose first keys come in a later tile start there; otherwise such a tile's products are made twice.
-  static constexpr bool kFirstKeys = kFirstKeys_;
 
   static constexpr int kThreads = kGroups * 128;
   static constexpr int kRows = 64;  // query tile

@@ -65,10 +65,9 @@ cudaError_t launch_hopper_split_as(const Problem& problem, const BlockLayout& la
 }  // namespace stof::cuda
 
 // Defines one launcher; the translation units that instances.py generates consist of these.
-#define STOF_HOPPER_SPLIT(name, T, dim, groups, stages, blocks, shares, early, first_keys)                             \
+#define STOF_HOPPER_SPLIT(name, T, dim, groups, stages, blocks, shares)                                                \
   namespace stof::cuda {                                                                                               \
   cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                           \
-    return launch_hopper_split_as<HopperSplitConfig<T, dim, groups, stages, blocks, shares, early, first_keys>>(       \
-        problem, layout, stream);                                                                                      \
+    return launch_hopper_split_as<HopperSplitConfig<T, dim, groups, stages, blocks, shares>>(problem, layout, stream); \
   }                                                                                                                    \
   }

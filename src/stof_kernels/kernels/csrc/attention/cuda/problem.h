@@ -97,14 +97,13 @@ enum class Shape : int {
   kHopper = 3,  // sm_90a: 64 query rows a warpgroup, each with an item of its own; its blocks stay
   kHopperPair = 4,   // sm_90a: 128 query rows, two warpgroups that share the keys; its blocks stay
   kHopperSplit = 5,  // sm_90a: 64 query rows, key tiles dealt to the two warpgroups of a block: short calls, many items
-  kHopperQuad = 6,   // the same with four warpgroups: few items
-  kHopperTwin = 7,   // two blocks of two warpgroups share an item: fewer still
+  kHopperQuad = 6,   // the same with four, or with the eight of two blocks: few items
 };
 
 cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
 cudaError_t launch_combine(const Problem& problem, const BlockLayout& layout, cudaStream_t stream);
 cudaError_t launch_row_wise(const Problem& problem, const CellLists& lists, cudaStream_t stream);
-constexpr int kShapes = 8;
+constexpr int kShapes = 7;
 
 // Whether blocks of that shape stay and take one item after the other.
 constexpr bool stays(Shape shape) { return shape == Shape::kHopper || shape == Shape::kHopperPair; }
