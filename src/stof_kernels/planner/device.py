@@ -117,19 +117,19 @@ CPU_COSTS = {
     ),
 }
 
-# Fitted to 1163 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.75 and 1.25 of measured. Other
-# cards are sized by their multiprocessors; the ratios between the kernels are assumed to carry over until one is measured.
-# A tile of hopper up to 64 dims and of hopper_pair was scaled by what paired slots brought on long rows, 0.926 and 0.925, and
-# what a late first key costs them by what is left of it where only the maximum is looked for, a third.
+# Fitted to 1163 calls on one NVIDIA H200, the Hopper shapes of 64 dims to 190 later ones (kernels/NOTES.md): relative error 5 to
+# 95 % within 0.75 and 1.25 of measured. Other cards are sized by their multiprocessors; the ratios between the kernels are assumed
+# to carry over until one is measured. A tile of hopper_pair was scaled by what paired slots brought on long rows, 0.925, and what
+# a late first key costs it by what is left of it where only the maximum is looked for, a third.
 CUDA_BLOCK_COSTS = {
     "wide": CudaBlockCosts(2.65, 0.028, 0.480, 0.0, 0.620, 0.508, 0.489, 3.97),
     "large": CudaBlockCosts(2.92, 0.0, 1.090, 0.0, 1.203, 1.087, 0.503, 4.08),
     "split": CudaBlockCosts(2.84, 0.195, 0.347, 0.816, 1.694, 0.221, 0.439, 4.83),
-    "hopper": CudaBlockCosts(2.37, 0.009, 0.246, 0.0, 0.637, 0.144, 0.302, 3.97, 0.12, 0.27),
+    "hopper": CudaBlockCosts(2.90, 0.009, 0.253, 0.0, 0.757, 0.144, 0.344, 3.97, 0.100, 0.149),
     "hopper_pair": CudaBlockCosts(3.39, 0.233, 0.305, 0.0, 1.228, 0.591, 0.082, 3.99, 0.17, 0.33),
-    "hopper_split": CudaBlockCosts(0.882, 0.0, 0.408, 0.0, 0.0, 0.0, 0.865, 4.70, 0.421, 0.250, turn=1.599, blocks=2),
+    "hopper_split": CudaBlockCosts(0.829, 0.0, 0.410, 0.0, 0.0, 0.0, 0.827, 4.70, 0.482, 0.141, turn=1.642, blocks=2),
     "hopper_quad": CudaBlockCosts(
-        0.868, 0.0, 0.381, 0.0, 0.0, 0.0, 0.400, 4.70, 0.309, 0.449, turn=2.012, blocks=1, halves=4
+        1.026, 0.0, 0.470, 0.0, 0.0, 0.0, 0.378, 4.70, 0.377, 0.403, turn=1.617, blocks=1, halves=4
     ),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)
