@@ -23,7 +23,11 @@ def emulated_library(folder: Path, units: list[Path], includes: list[Path], leve
     if subprocess.run([*compiler, "-std=c++17", str(probe), "-o", str(folder / "probe")], check=False).returncode:
         pytest.skip("the emulator needs a C++ compiler with _Float16 and ucontext")
     made = folder / "emulated.so"
-    command = [*compiler, "-std=c++17", level, "-fPIC", "-shared", "-w", f"-I{SIMT}", *(f"-I{i}" for i in includes)]
+    # A library's inline variables are its own: GNU compilers would let all that are loaded share the first one's.
+    own = ["-fno-gnu-unique"]
+    if subprocess.run([*compiler, *own, "-fsyntax-only", str(probe)], capture_output=True, check=False).returncode:
+        own = []
+    command = [*compiler, "-std=c++17", level, *own, "-fPIC", "-shared", "-w", *(f"-I{i}" for i in (SIMT, *includes))]
     run = subprocess.run([*command, *map(str, units), "-o", str(made)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(made))

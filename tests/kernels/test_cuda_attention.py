@@ -188,11 +188,47 @@ def test_scores_that_grow_from_tile_to_tile(kernel):
         assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
 
 
+def test_one_loud_key_a_tile(kernel):
+    """Wherever in its tile it stands: whether a tile's probabilities fit is asked for many keys at a time."""
+    for dim in (64, 128):
+        q, k, v = draw(1, 2, 2, 130, 832, dim, torch.float16)
+        loud = 69 * torch.arange(12, device="cuda") + 3  # columns 3, 8 ... 58 of 12 tiles
+        k[:, :, loud] *= torch.linspace(3, 40, 12, device="cuda").half()[:, None]
+        keep = torch.ones(1, 1, 130, 832, dtype=torch.bool, device="cuda")
+        assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_loud_tile_wherever_it_stands(kernel, dtype):
+    """Its probabilities do not fit beside the first tile's: first, last, in between, and louder ones right behind it."""
+    for dim, tiles in ((64, 1), (64, 2), (64, 3), (64, 6), (128, 2), (128, 5)):
+        if not exists(kernel, dim):
+            continue
+        q, k, v = draw(1, 4, 2, 130, 64 * tiles - 7, dim, dtype)
+        keep = torch.rand(1, 1, 130, 64 * tiles - 7, device="cuda") < 0.8
+        keep[..., :64, :], keep[..., 70, :] = True, False
+        prepared = layout(keep, kernel, 4)
+        for loud in range(tiles):
+            louder = k.clone()
+            louder[:, :, 64 * loud :] *= 12
+            louder[:, :, 64 * (loud + 1) : 64 * (loud + 2)] *= 3
+            result = attend(q, louder, v, keep, kernel, prepared=prepared)
+            assert_right(result, reference(q, louder, v, keep), dtype)
+            assert torch.equal(result[0], attend(q, louder, v, keep, kernel, prepared=prepared)[0])
+
+
 def test_many_more_items_than_the_device_holds(kernel):
+    """Again and again: what a block brings for its next item must not come before it is done with the one before."""
     q, k, v = draw(40, 8, 8, 700, 700, 64, torch.float16)
     keep = (torch.rand(1, 1, 700, 700, device="cuda") < 0.02) | torch.eye(700, dtype=torch.bool, device="cuda")
     keep[..., :40, :] = True
-    assert_right(attend(q, k, v, keep, kernel), reference(q, k, v, keep), torch.float16)
+    prepared = layout(keep, kernel, 320)
+    result = attend(q, k, v, keep, kernel, prepared=prepared)
+    assert_right(result, reference(q, k, v, keep), torch.float16)
+    for _ in range(60):
+        again = attend(q, k, v, keep, kernel, prepared=prepared)
+        assert torch.equal(result[0], again[0])
+        assert torch.equal(result[1], again[1])
 
 
 def test_lists_of_hundreds_of_tiles(kernel):

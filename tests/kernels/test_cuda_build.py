@@ -14,7 +14,7 @@ import pytest
 
 from stof_kernels import settings
 from stof_kernels.kernels import instances
-from stof_kernels.kernels.__main__ import main, report
+from stof_kernels.kernels.__main__ import main, report, serialized
 from stof_kernels.kernels.build import (
     CSRC,
     PACKAGE_ROOT,
@@ -143,6 +143,15 @@ ptxas info    : Compiling entry function '_Z8row_wiseB' for 'sm_90a'
 ptxas info    : Used 40 registers
 """
     assert report(log) == [("_Z10block_wiseA", "sm_90a", 128, 16), ("_Z8row_wiseB", "sm_90a", 40, 0)]
+
+
+def test_products_that_wait_for_each_other_are_named():
+    log = (
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma "
+        "instructions defining accumulator registers in the function '_Z13hopper_kernelB'\n"
+        "ptxas info    : Used 168 registers\n"
+    )
+    assert serialized(log) == [("_Z13hopper_kernelB", "C7515")]
 
 
 def test_compiling_an_unknown_target_is_one_line(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 import re
 from pathlib import Path
 
@@ -165,12 +166,14 @@ def test_layout_holds_the_mask(emulated, shape, chunk, q_tile):
     assert ptr[5] == max(lengths)
 
 
+def pieces_of(tile_lengths, chunk):
+    """(length, items that it is cut into) of every query tile."""
+    return [(length, max(1, -(-length // chunk))) for length in tile_lengths]
+
+
 def plain_schedule(tile_lengths, chunk):
     """{query tile: (first item, items, length of each)} and parts, by the rule: longest first, equal ones in order."""
-    pieces = []
-    for tile, length in enumerate(tile_lengths):
-        n = max(1, -(-length // chunk))
-        pieces.append((tile, n, -(-length // n)))
+    pieces = [(tile, n, -(-length // n)) for tile, (length, n) in enumerate(pieces_of(tile_lengths, chunk))]
     order = sorted(pieces, key=lambda p: -p[2])  # stable
     first, at = {}, 0
     for tile, n, _ in order:
@@ -193,8 +196,12 @@ def test_items_are_in_the_promised_order(emulated, planes, tiles, longest, chunk
     sizes, counts = torch.tensor([combines, int(lengths.sum()), total, int((lengths - full).sum())]), torch.zeros(4)
     call(emulated.schedule, planes, tiles * 64, chunk, 1, 528, scratch, counts.long(), header, items, sizes)
     longest_item = min(lengths.max(), chunk or lengths.max())
-    sums = [total, parts, combines, lengths.sum(), (lengths - full).sum(), longest_item, 0, 0]
-    assert header[:8].tolist() == sums
+    sums = [total, parts, combines, lengths.sum(), (lengths - full).sum(), longest_item, 0]
+    assert header[:7].tolist() == sums
+    # The leading items are those longer than twice the mean, the parts of a cut list as long as its longest.
+    item_lengths = np.repeat(*np.array([(-(-length // n), n) for length, n in pieces_of(lengths, chunk or 1 << 30)]).T)
+    leading = (item_lengths > 2 * lengths.sum() // total).sum()
+    assert header[7] == leading if longest_item < 512 else header[7] <= leading
     starts, slots, part, cuts = (
         np.cumsum([0, *lengths]),
         np.cumsum([0, *(lengths - full)]),
@@ -220,6 +227,55 @@ def test_items_are_in_the_promised_order(emulated, planes, tiles, longest, chunk
         assert mine[:, 3].tolist() == list(range(part, part + count))
         assert cuts.pop(0) == [i % tiles, part, count, i // tiles]
         part += count
+
+
+@pytest.mark.parametrize(("copies", "group"), [(1, 1), (12, 5), (192, 13), (16, 16)])
+@pytest.mark.parametrize(("items", "leading"), [(1, 0), (9, 0), (9, 2), (9, 9)])
+def test_items_that_lead_are_taken_for_all_copies_first(library, items, leading, copies, group):
+    units = int32(items * copies, 2)
+    call(library.staying_order, items, leading, copies, group, units)
+    order = [tuple(unit) for unit in units.tolist()]
+    assert sorted(order) == [(i, c) for i in range(items) for c in range(copies)]
+    place = sorted(order, key=lambda u: (u[0] >= leading, u[1] // group, u))
+    assert order == place
+
+
+def longest_share(library, lengths, copies, copy_bytes, sets):
+    """Work of the set that ends last, over what it must be at least: items taken in the promised order by whoever is ready."""
+    lengths = sorted(lengths, reverse=True)
+    leading = sum(length * len(lengths) > 2 * sum(lengths) for length in lengths)
+    group = library.group_of_copies(ctypes.c_int64(copy_bytes), len(lengths), copies, sets)
+    units = int32(len(lengths) * copies, 2)
+    call(library.staying_order, len(lengths), leading if group < copies else 0, copies, group, units)
+    ends = [0] * sets
+    for item in units[:, 0].tolist():
+        heapq.heapreplace(ends, ends[0] + lengths[item])
+    return max(ends) / max(sum(lengths) * copies / sets, lengths[0])
+
+
+@pytest.mark.parametrize(
+    ("copies", "row_bytes", "rows", "sets"), [(16, 256, 64, 396), (16, 512, 128, 132), (96, 256, 64, 396)]
+)
+@pytest.mark.parametrize("mask", ["causal", "global rows"])
+def test_no_set_of_warpgroups_ends_far_behind_the_others(library, mask, copies, row_bytes, rows, sets):
+    # An H200's multiprocessors, keys and values of 64 and 128 dims; a global row is 13 times as long as others.
+    q_tiles = 8192 // rows
+    lengths = [1 + i * rows // 64 for i in range(q_tiles)] if mask == "causal" else [128] + [10] * (q_tiles - 1)
+    assert longest_share(library, lengths, copies, 8192 * row_bytes, sets) < 1.06
+
+
+def test_groups_of_copies_have_two_rounds_each(library):
+    for items, copies, sets in [
+        (128, 16, 396),
+        (64, 16, 132),
+        (64, 12, 132),
+        (32, 96, 396),
+        (1, 1, 396),
+        (8, 5000, 396),
+    ]:
+        group = library.group_of_copies(ctypes.c_int64(2 << 20), items, copies, sets)
+        last = copies % group or group
+        assert group == copies or min(group, last) * items >= 2 * sets
 
 
 @pytest.mark.parametrize("short", range(4))

@@ -106,7 +106,7 @@ def _read_back(mask: SparseMask) -> tuple[int, int, int, tuple[TileStats, ...]]:
     q_tiles = Q_TILES if mask.kv_len <= MOST_LAYOUT_KEYS else ()
     headers = [raw.layout_sizes(*mask.lists.tensors, *sizes, q_tile) for q_tile in q_tiles]
     numbers = torch.cat([mask.counts, partial, *headers]).tolist()
-    # A header is {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}.
+    # A header is {items, parts, combines, key tiles, bitmap slots, longest item, overflow, leading items}.
     tiles = (numbers[5 + 8 * i : 13 + 8 * i] for i in range(len(q_tiles)))
     return (
         numbers[0],

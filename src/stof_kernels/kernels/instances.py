@@ -74,7 +74,8 @@ class Instance:
 @dataclass(frozen=True)
 class HopperTile:
     """Template arguments of one instantiation of the Hopper kernel: ``sets`` of ``share`` warpgroups, each set with a ring of
-    ``slots`` tiles of keys or values; ``registers`` of a thread that multiplies."""
+    ``slots``; ``registers`` of a thread that multiplies. A slot has the keys of a tile and the values of the tile before if
+    ``paired``, else the one or the other."""
 
     shape: str
     dim: int
@@ -82,14 +83,15 @@ class HopperTile:
     share: int
     slots: int
     registers: int
+    paired: bool
 
     defined_by: ClassVar[tuple[str, str]] = ("hopper_run.cuh", "STOF_HOPPER")
     """Header and macro that define a launcher."""
 
     @property
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[int | str, ...]:
         """Of the macro, behind name and type."""
-        return self.dim, self.sets, self.share, self.slots, self.registers
+        return self.dim, self.sets, self.share, self.slots, self.registers, str(self.paired).lower()
 
     @property
     def q_tile(self) -> int:
@@ -100,27 +102,30 @@ class HopperTile:
     def shared_bytes(self) -> int:
         """Shared memory of a block: queries, ring and bitmaps of each set, then barriers, and what alignment may take."""
         row = -(-self.dim // 64) * 128
-        one = self.q_tile * row + self.slots * (64 * row + self.q_tile * 8)
+        one = self.q_tile * row + self.slots * ((2 if self.paired else 1) * 64 * row + self.q_tile * 8)
         return self.sets * -(-one // 1024) * 1024 + 1536 + 1024
 
 
 @dataclass(frozen=True)
 class HopperSplitTile:
     """Template arguments of one instantiation of Hopper's kernel for short calls: ``groups`` warpgroups share an item, each has
-    room for ``stages`` key tiles."""
+    room for ``stages`` key tiles, and a multiprocessor for ``blocks`` blocks."""
 
     shape: str
     dim: int
     groups: int
     stages: int
+    blocks: int = 1
+    shares: bool = False
+    """Blocks are launched in clusters of two, which share the longest items."""
 
     defined_by: ClassVar[tuple[str, str]] = ("hopper_split_run.cuh", "STOF_HOPPER_SPLIT")
     """Header and macro that define a launcher."""
 
     @property
-    def arguments(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[int | str, ...]:
         """Of the macro, behind name and type."""
-        return self.dim, self.groups, self.stages
+        return self.dim, self.groups, self.stages, self.blocks, str(self.shares).lower()
 
     @property
     def q_tile(self) -> int:
@@ -129,11 +134,11 @@ class HopperSplitTile:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: each warpgroup's tiles and bitmaps, queries, what the warpgroups have in the end."""
+        """Shared memory of a block: each warpgroup's tiles and bitmaps, queries, what another block sends of its rows."""
         dim = -(-self.dim // 64) * 64
-        tile, result = 64 * dim * 2, 64 * (dim * 4 + 32) + 64 * 8
+        tile, inbox = 64 * dim * 2, 32 * (dim * 4 + 8) if self.shares else 0
         one = self.stages * (2 * tile + 512 + 32) + 64 * 16 + 8
-        return self.groups * (-(-one // 1024) * 1024 + result) + tile + 64 + 1024
+        return self.groups * (-(-one // 1024) * 1024) + tile + inbox + 64 + 1024
 
 
 @dataclass(frozen=True)
@@ -174,14 +179,15 @@ _TILES = (
 )
 
 
-_HOPPER_TILES = (
-    HopperTile("hopper", 64, sets=3, share=1, slots=7, registers=152),
-    HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224),
-    HopperTile("hopper_pair", 128, sets=1, share=2, slots=10, registers=224),
+# Pairs need room for three slots, which 128 dims have only where two warpgroups share a ring.
+HOPPER_TILES = (
+    HopperTile("hopper", 64, sets=3, share=1, slots=4, registers=152, paired=True),
+    HopperTile("hopper", 128, sets=2, share=1, slots=5, registers=224, paired=False),
+    HopperTile("hopper_pair", 128, sets=1, share=2, slots=5, registers=224, paired=True),
 )
 _HOPPER_SPLIT_TILES = (
-    HopperSplitTile("hopper_split", 64, groups=2, stages=4),
-    HopperSplitTile("hopper_quad", 64, groups=4, stages=2),
+    HopperSplitTile("hopper_split", 64, groups=2, stages=2, blocks=2),
+    HopperSplitTile("hopper_quad", 64, groups=4, stages=2, shares=True),
 )
 
 
@@ -203,7 +209,7 @@ def instances(target: str, main_only: bool = False) -> tuple[Instance | HopperIn
             found.append(Instance(_for_target(tile, target), dtype, biases))
     if target == "sm_90a":
         dtypes = ("fp16",) if main_only else tuple(_TYPES)
-        found += [HopperInstance(tile, dtype) for tile in (*_HOPPER_TILES, *_HOPPER_SPLIT_TILES) for dtype in dtypes]
+        found += [HopperInstance(tile, dtype) for tile in (*HOPPER_TILES, *_HOPPER_SPLIT_TILES) for dtype in dtypes]
     return tuple(found)
 
 

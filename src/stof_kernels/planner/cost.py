@@ -50,6 +50,11 @@ def _cuda_us(config: KernelConfig, device: DeviceSpec, problem: AttentionProblem
     slow = _slow_share(problem.mask.kept / max(1, stats.key_tiles * config.q_tile), longest) if costs.tile_slow else 0.0
     all_work = tiles / device.units * (costs.tile + costs.tile_dim * width + costs.tile_slow * slow)
     all_work += items / device.units * (costs.item + costs.item_dim * width)
+    if costs.blocks:
+        all_work += math.ceil(items / (device.units * costs.blocks)) * costs.turn
+    spare = device.units - items
+    if costs.halves and longest >= costs.halves and spare > 0:
+        longest = max(-(-longest // 2), math.ceil(longest * (1 - spare / items)))
     one_list = longest * (costs.chain + costs.chain_dim * width + costs.chain_slow * slow)
     return costs.launch + _longer(all_work, one_list) + (costs.combine if stats.longest > chunk else 0.0)
 
@@ -62,7 +67,7 @@ def _longer(a: float, b: float) -> float:
 def _slow_share(kept: float, tiles: int) -> float:
     """Share of a list's tiles in which a row of some warp of 16 meets its first key after others did.
 
-    A row keeps ``kept`` keys of a tile on average, here and there (Poisson); the Hopper kernels take such a tile twice.
+    A row keeps ``kept`` keys of a tile on average, here and there (Poisson); the Hopper kernels look for such a row's maximum.
     """
     step = max(1, tiles // 256)
     meets = 1 - math.exp(-kept)

@@ -49,7 +49,14 @@ class CudaBlockCosts:
     tile_slow: float = 0.0
     chain_slow: float = 0.0
     """Extra of one key tile, on a full multiprocessor and in the longest list, in which a row meets its first key after others
-    of its warp: the Hopper kernels then do a tile twice."""
+    of its warp: the Hopper kernels then look for its maximum."""
+    turn: float = 0.0
+    blocks: int = 0
+    """Kernels for short calls: ``blocks`` of them fit on a multiprocessor, one an item, and each time that the device is filled
+    with them takes ``turn`` more, however many the last ones are."""
+    halves: int = 0
+    """The longest lists, of at least so many key tiles, are worked through by two blocks side by side: as many as leave each
+    block a multiprocessor of its own; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +117,20 @@ CPU_COSTS = {
     ),
 }
 
-# Fitted to 1163 calls on one NVIDIA H200 (kernels/NOTES.md): relative error 5 to 95 % within 0.75 and 1.25 of measured. Other
-# cards are sized by their multiprocessors; the ratios between the kernels are assumed to carry over until one is measured.
+# Fitted to 1163 calls on one NVIDIA H200, the Hopper shapes of 64 dims to 190 later ones (kernels/NOTES.md): relative error 5 to
+# 95 % within 0.75 and 1.25 of measured. Other cards are sized by their multiprocessors; the ratios between the kernels are assumed
+# to carry over until one is measured. A tile of hopper_pair was scaled by what paired slots brought on long rows, 0.925, and what
+# a late first key costs it by what is left of it where only the maximum is looked for, a third.
 CUDA_BLOCK_COSTS = {
     "wide": CudaBlockCosts(2.65, 0.028, 0.480, 0.0, 0.620, 0.508, 0.489, 3.97),
     "large": CudaBlockCosts(2.92, 0.0, 1.090, 0.0, 1.203, 1.087, 0.503, 4.08),
     "split": CudaBlockCosts(2.84, 0.195, 0.347, 0.816, 1.694, 0.221, 0.439, 4.83),
-    "hopper": CudaBlockCosts(2.37, 0.050, 0.225, 0.0, 0.637, 0.216, 0.266, 3.97, 0.359, 0.796),
-    "hopper_pair": CudaBlockCosts(3.39, 0.252, 0.330, 0.0, 1.228, 0.636, 0.088, 3.99, 0.518, 0.985),
-    "hopper_split": CudaBlockCosts(1.19, 0.0, 0.490, 0.0, 1.705, 0.0, 0.483, 4.70, 0.750, 0.813),
-    "hopper_quad": CudaBlockCosts(1.42, 0.0, 0.419, 0.0, 1.994, 0.0, 0.314, 4.70, 0.348, 0.932),
+    "hopper": CudaBlockCosts(2.90, 0.009, 0.253, 0.0, 0.757, 0.144, 0.344, 3.97, 0.100, 0.149),
+    "hopper_pair": CudaBlockCosts(3.39, 0.233, 0.305, 0.0, 1.228, 0.591, 0.082, 3.99, 0.17, 0.33),
+    "hopper_split": CudaBlockCosts(0.829, 0.0, 0.410, 0.0, 0.0, 0.0, 0.827, 4.70, 0.482, 0.141, turn=1.642, blocks=2),
+    "hopper_quad": CudaBlockCosts(
+        1.026, 0.0, 0.470, 0.0, 0.0, 0.0, 0.378, 4.70, 0.377, 0.403, turn=1.617, blocks=1, halves=4
+    ),
 }
 CUDA_ROW_COSTS = CudaRowCosts(launch=2.924, row=0.0689, look=0.00132, key=0.0000827, key_dim=0.0033)
 

@@ -1,4 +1,5 @@
 // The format's builders on the CPU, for ctypes: what bindings/format_cuda.cpp does, with memory from the caller.
+#include "attention/cuda/item_order.cuh"
 #include "attention/cuda/problem.h"
 #include "format/cuda/format.h"
 
@@ -62,6 +63,19 @@ void schedule(int planes, int q_len, int chunk, int copies, int slots, int* scra
               const int64_t* sizes) {
   const CellView cells{nullptr, nullptr, nullptr, nullptr, counts, planes, q_len, 64};
   schedule_items(cells, layout_in(ptr, nullptr, items, nullptr, sizes, 64), {chunk, copies, slots}, scratch, nullptr);
+}
+
+int group_of_copies(int64_t copy_bytes, int items, int copies, int sets) {
+  return static_cast<int>(copies_of_group(copy_bytes, items, copies, sets));
+}
+
+// Item and copy of every unit, one after the other.
+void staying_order(int items, int leading, int copies, int group, int* to) {
+  const StayingOrder order{items, leading, copies, group};
+  for (int unit = 0; unit < items * copies; ++unit) {
+    const Assignment at = order.at(unit);
+    to[2 * unit] = at.item, to[2 * unit + 1] = at.copy;
+  }
 }
 
 // sizes: combines, tiles, items, slots that the buffers have room for.

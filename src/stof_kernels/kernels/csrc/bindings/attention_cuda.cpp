@@ -232,8 +232,8 @@ void run_block_wise(const Call& call, const Problem& p, cudaStream_t stream) {
                   "sparse_attention: no block_wise kernel for query tile ", layout.q_tile, ", head dim ", p.head_dim,
                   " and plan[3] = ", wanted + 1);
   // Blocks that stay count the items they take, unless there are only a few for each.
-  constexpr int64_t kDealt = 8;  // items a multiprocessor
-  const bool counts = stays(chosen) && int64_t{layout.item_limit} * layout.copies > kDealt * call.multiprocessors;
+  const int64_t dealt = int64_t{most_dealt(chosen, p.head_dim)} * call.multiprocessors;
+  const bool counts = stays(chosen) && int64_t{layout.item_limit} * layout.copies > dealt;
   const int64_t width = p.head_dim + 2;  // of a partial row: sums, then maximum and sum
   std::optional<Tensor> workspace;
   if (call.part_rows > 0 || counts) {

@@ -1,6 +1,7 @@
 // Pieces that more than one attention kernel uses.
 #pragma once
 
+#include "item_order.cuh"
 #include "problem.h"
 #include "ptx.cuh"
 
@@ -26,10 +27,6 @@ __device__ __forceinline__ Instance instance_of(const Problem& p, int plane, int
 __device__ __forceinline__ int64_t lse_index(const Problem& p, const Instance& at, int row) {
   return (static_cast<int64_t>(at.batch) * p.q_heads + at.head) * p.q_len + row;
 }
-
-struct Assignment {
-  int item, copy;
-};
 
 // What block `block` works on. Copies go in groups whose keys fit in L2; inside a group the longest items of all its copies
 // come first.

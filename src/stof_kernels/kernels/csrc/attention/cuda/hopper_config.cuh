@@ -1,16 +1,17 @@
 // Sizes of the Hopper kernel, and what its two roles tell each other through shared memory.
 //
 // Warpgroups multiply (wgmma) what a producer warp brings by bulk tensor copies (TMA). A block holds sets of warpgroups; it
-// stays and works through items. A set shares one work item at a time, 64 query rows a warpgroup, and a ring of slots, each
-// with the keys or the values of one packed tile; one warp of the producer warpgroup serves each set and runs ahead of it, into
-// the next item too. Queries and probabilities are operands in registers.
+// stays and works through items. A set shares one work item at a time, 64 query rows a warpgroup, and a ring of slots; one warp
+// of the producer warpgroup serves each set and runs ahead of it, into the next item too. A slot is paired: it has what a step
+// needs, the keys of a packed tile and the values of the tile before, behind one barrier. Where three of those have no room it
+// has the one or the other. Queries and probabilities are operands in registers.
 #pragma once
 
 #include "hopper_ptx.cuh"
 
 namespace stof::cuda {
 
-template <typename T_, int kDim_, int kSets_, int kShare_, int kSlots_, int kRegisters_>
+template <typename T_, int kDim_, int kSets_, int kShare_, int kSlots_, int kRegisters_, bool kPaired_>
 struct HopperConfig {
   using T = T_;
   static constexpr int kDim = kDim_;              // head dim, padded: 64 or 128
@@ -18,13 +19,15 @@ struct HopperConfig {
   static constexpr int kShare = kShare_;          // warpgroups of a set
   static constexpr int kSlots = kSlots_;          // of a set's ring
   static constexpr int kRegisters = kRegisters_;  // of a thread that multiplies
+  static constexpr bool kPaired = kPaired_;       // keys of a tile and values of the tile before in one slot
 
   static constexpr int kRows = kShare * 64;  // query tile
   static constexpr int kKeys = 64;           // key tile
   static constexpr int kRun = 16;
   static constexpr int kBlocks = kDim / 64;          // blocks of 64 dims, whose rows of 128 bytes are swizzled
-  static constexpr int kBlockBytes = kKeys * 128;    // of one block of a slot
-  static constexpr int kSlotBytes = kBlocks * kBlockBytes;
+  static constexpr int kBlockBytes = kKeys * 128;    // of one block of a tile
+  static constexpr int kTileBytes = kBlocks * kBlockBytes;
+  static constexpr int kSlotBytes = (kPaired ? 2 : 1) * kTileBytes;  // keys, then values
   static constexpr int kWordBytes = kRows * 8;       // bitmap of one tile
   static constexpr int kQueryBlockBytes = kRows * 128;
   static constexpr int kQueryBytes = kBlocks * kQueryBlockBytes;
@@ -39,7 +42,7 @@ struct HopperConfig {
   static_assert(kProducerRegisters >= 24 && kProducerRegisters <= 160 && kProducerRegisters % 8 == 0, "registers");
   static_assert(kSharedBytes <= 227 * 1024, "shared memory");
   static_assert(kSets <= 4, "a producer warp a set");
-  static_assert(kSlots >= 4, "keys of this step and the next, values of this and the last");
+  static_assert(kSlots >= (kPaired ? 3 : 4), "of the last step, of this one and of the next");
 };
 
 // Maps of the operands for the copy engine: boxes of 64 dims and one run, or 64 rows.
@@ -66,32 +69,16 @@ struct HopperControl {
   __device__ __forceinline__ uint32_t empty(int slot) const { return base + 80 + 8 * kSlots + 8 * slot; }
 
   __device__ __forceinline__ void put(uint32_t lap, const HopperItem& i) const {
-    const uint32_t at = base + lap * 32;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(at), "r"(i.tiles), "r"(i.full_tiles), "r"(i.row0), "r"(i.part)
-                 : "memory");
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};\n" ::"r"(at + 16), "r"(i.batch), "r"(i.head), "r"(i.copy) : "memory");
+    store_shared(base + lap * 32, make_int4(i.tiles, i.full_tiles, i.row0, i.part));
+    store_shared(base + lap * 32 + 16, make_int4(i.batch, i.head, i.copy, 0));
   }
 
   // What the work on an item needs, and the rest.
-  __device__ __forceinline__ int2 lengths(uint32_t lap) const {
-    int2 i;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(i.x), "=r"(i.y) : "r"(base + lap * 32) : "memory");
-    return i;
-  }
+  __device__ __forceinline__ int2 lengths(uint32_t lap) const { return load_shared2(base + lap * 32); }
 
   __device__ __forceinline__ HopperItem get(uint32_t lap) const {
-    HopperItem i;
-    int unused;
-    const uint32_t at = base + lap * 32;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(i.tiles), "=r"(i.full_tiles), "=r"(i.row0), "=r"(i.part)
-                 : "r"(at)
-                 : "memory");
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(i.batch), "=r"(i.head), "=r"(i.copy), "=r"(unused)
-                 : "r"(at + 16)
-                 : "memory");
-    return i;
+    const int4 work = load_shared4(base + lap * 32), place = load_shared4(base + lap * 32 + 16);
+    return {work.z, work.x, work.y, work.w, place.x, place.y, place.z};
   }
 };
 

@@ -6,8 +6,8 @@
 
 namespace stof::cuda {
 
-// Brings every item of a set: its queries, then keys 0, keys 1, values 0, keys 2, values 1, and so on, the order in which they
-// are used up.
+// Brings every item of a set: its queries, then keys 0, keys 1 with values 0, keys 2 with values 1, and so on, the order in which
+// they are used up.
 template <class C>
 class HopperProducer {
   using Control = HopperControl<C::kSlots>;
@@ -22,9 +22,11 @@ class HopperProducer {
     // Items come longest first. The first is dealt; what follows goes to whoever is ready, or, where nothing counts, backwards
     // and forwards in turn, so that no set gets the longest of each round.
     const int units = items * layout.copies, sets = C::kSets * gridDim.x;
+    const int group = static_cast<int>(layout.group_copies.divisor);
+    const StayingOrder order{items, group < layout.copies ? __ldg(layout.header + 7) : 0, layout.copies, group};
     int unit = set * gridDim.x + blockIdx.x;
     for (int other = 2 * sets - 1 - unit; unit < units;) {
-      bring(assigned(unit, items));
+      bring(order.at(unit));
       if (layout.next_unit != nullptr) {
         unit = sets + atomicAdd(layout.next_unit, 1);
       } else {
@@ -46,15 +48,6 @@ class HopperProducer {
   uint32_t query_parity = 0;
   RingPlace<C::kSlots> place;
 
-  // Copies of the mask go in groups whose keys fit in L2; inside a group the longest items of all its copies come first.
-  __device__ Assignment assigned(int unit, int items) const {
-    const int group_copies = static_cast<int>(layout.group_copies.divisor);
-    const int group = unit / (items * group_copies), index = unit - group * items * group_copies;
-    const int first_copy = group * group_copies, side = min(group_copies, layout.copies - first_copy);
-    const int item = index / side;
-    return {item, first_copy + index - item * side};
-  }
-
   __device__ void bring(const Assignment& mine) {
     const int4* item = reinterpret_cast<const int4*>(layout.items + static_cast<int64_t>(mine.item) * kItemInts);
     const int4 head = __ldg(item), more = __ldg(item + 1);
@@ -63,22 +56,35 @@ class HopperProducer {
     bring_queries(head, more, at, mine.copy);
     if (head.z == 0) return;
     // The item carries its first tile's runs, so the first keys need not wait for the column list.
-    bring_keys(__ldg(item + 2), at, 0, more);
-    for (int tile = 1; tile < head.z; ++tile) {
-      bring_keys(__ldg(columns + tile), at, tile, more);
-      bring_values(__ldg(columns + tile - 1), at);
+    int4 keys = __ldg(item + 2), values = keys;
+    for (int tile = 0; tile <= head.z; ++tile) {
+      const int4 next = __ldg(columns + min(tile + 1, head.z - 1));  // comes while this thread waits for a slot
+      bring_step(keys, values, at, tile, head.z, more);
+      values = keys, keys = next;
     }
-    bring_values(__ldg(columns + head.z - 1), at);
   }
 
-  __device__ void bring_keys(const int4& runs, const Instance& at, int tile, const int4& more) {
-    const int partial = tile - more.x;  // its place among the tiles that have a bitmap
-    const uint32_t full = claim(C::kSlotBytes + (partial >= 0 ? C::kWordBytes : 0));
-    copy_tile(&maps.k_run, &maps.k_tile, runs, at, full);
-    if (partial >= 0)
-      copy_bytes(memory + C::kWordsAt + place.slot * C::kWordBytes,
-                 layout.bits + static_cast<int64_t>(more.y + partial) * (C::kWordBytes / 4), C::kWordBytes, full);
-    place.advance();
+  // Keys of tile `tile` of `tiles`, with their bitmap if they have one, and values of the tile before.
+  __device__ void bring_step(const int4& keys, const int4& values, const Instance& at, int tile, int tiles, const int4& more) {
+    const int partial = tile < tiles ? tile - more.x : -1;  // its place among the tiles that have a bitmap
+    const int key_bytes = (tile < tiles ? C::kTileBytes : 0) + (partial >= 0 ? C::kWordBytes : 0);
+    const int value_bytes = tile > 0 ? C::kTileBytes : 0;
+    if (C::kPaired) claim(key_bytes + value_bytes);
+    if (tile < tiles) {
+      if (!C::kPaired) claim(key_bytes);
+      copy_tile(&maps.k_run, &maps.k_tile, keys, at, slot());
+      if (partial >= 0)
+        copy_bytes(memory + C::kWordsAt + place.slot * C::kWordBytes,
+                   layout.bits + static_cast<int64_t>(more.y + partial) * (C::kWordBytes / 4), C::kWordBytes,
+                   control.full(place.slot));
+      if (!C::kPaired) place.advance();
+    }
+    if (tile > 0) {
+      if (!C::kPaired) claim(value_bytes);
+      copy_tile(&maps.v_run, &maps.v_tile, values, at, slot() + C::kSlotBytes - C::kTileBytes);
+      if (!C::kPaired) place.advance();
+    }
+    if (C::kPaired) place.advance();
   }
 
   __device__ void bring_queries(const int4& head, const int4& more, const Instance& at, int copy) {
@@ -95,24 +101,18 @@ class HopperProducer {
         copy_box(memory + b * C::kQueryBlockBytes + g * 64 * 128, &maps.q, full, b * 64, row0 + g * 64, at.head, at.batch);
   }
 
-  __device__ void bring_values(const int4& runs, const Instance& at) {
-    const uint32_t full = claim(C::kSlotBytes);
-    copy_tile(&maps.v_run, &maps.v_tile, runs, at, full);
-    place.advance();
-  }
+  __device__ uint32_t slot() const { return memory + C::kQueryBytes + place.slot * C::kSlotBytes; }
 
-  // Waits until the slot is free; its barrier for the copies.
-  __device__ uint32_t claim(int bytes) {
+  // Waits until the slot is free, and tells its barrier what comes.
+  __device__ void claim(int bytes) {
     barrier_wait(control.empty(place.slot), place.parity ^ 1);
-    const uint32_t full = control.full(place.slot);
-    barrier_expect(full, bytes);
-    return full;
+    barrier_expect(control.full(place.slot), bytes);
   }
 
   // Keys or values of one tile. An absent run reads past the last row: zeros.
   __device__ void copy_tile(const CUtensorMap* run_map, const CUtensorMap* tile_map, const int4& runs, const Instance& at,
-                            uint32_t full) {
-    const uint32_t dst = memory + C::kQueryBytes + place.slot * C::kSlotBytes;
+                            uint32_t dst) {
+    const uint32_t full = control.full(place.slot);
     if (runs.x >= 0 && runs.y == runs.x + 1 && runs.z == runs.x + 2 && runs.w == runs.x + 3) {
 #pragma unroll
       for (int b = 0; b < C::kBlocks; ++b)

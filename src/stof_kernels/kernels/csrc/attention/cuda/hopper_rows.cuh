@@ -7,11 +7,6 @@
 
 namespace stof::cuda {
 
-// Which pieces of a row are written: all.
-struct HopperAllPieces {
-  __device__ __forceinline__ bool operator()(int, int) const { return true; }
-};
-
 // C has the element type T and the numbers kDim (padded: a multiple of 64), kKeys (of a tile: 64), kBlocks (of 64 dims),
 // kBlockBytes (of a tile's keys or values) and kQueryBlockBytes (of a query tile). A block's rows of 128 bytes lie as the copy
 // engine's 128-byte swizzle leaves them. `warp` counts warps of 16 rows in the query tile.
@@ -21,6 +16,8 @@ class HopperRows {
 
  public:
   using Scores = float[C::kKeys / 2];
+  // Probabilities of a tile as operands: row, row + 8, then the same of the next 8 keys.
+  using Operand = uint32_t[C::kKeys / 16][4];
 
   float o[C::kDim / 2];
   // Of the two rows of a thread: what scores are relative to, in log2 units and negated; sum of the probabilities.
@@ -65,7 +62,7 @@ class HopperRows {
 
   // Starts the product of probabilities and values. `first`: nothing was summed before; registers are not set to zero, which
   // would have to wait for running products.
-  __device__ void start_output(uint32_t from, bool first) {
+  __device__ void start_output(uint32_t from, const Operand& probability, bool first) {
     const uint32_t values = descriptor_low(from, C::kBlockBytes);
     products_begin();
 #pragma unroll
@@ -97,23 +94,48 @@ class HopperRows {
 
   // Removed positions become -inf. `words`: a tile's bitmap, one word a thread in accumulator order.
   __device__ __forceinline__ void mask_scores(Scores& s, uint32_t words) const {
-    uint32_t word;
-    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(word) : "r"(words + (warp * 32 + lane) * 4));
+    const uint32_t word = load_shared(words + (warp * 32 + lane) * 4);
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = (word >> i) & 1u ? s[i] : -INFINITY;
   }
 
-  // Softmax relative to what earlier tiles were relative to, which saves looking for the maximum: what is kept is as exact, for
-  // all sums are relative to the same number. False, and nothing added, if some score of the warp is too far above it.
-  __device__ bool softmax(Scores& s) {
-    float sum[2];
-    exponentials(s, sum);
+  // Scores to probabilities, and their sums, relative to what earlier tiles were relative to. This saves looking for the
+  // maximum, and what is kept is as exact, for all sums are relative to the same number, as long as add() finds that it fits.
+  __device__ void exponentials(Scores& s, float (&sum)[2]) const {
+    float part[2][2];
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 2; ++i) {
+      const int r = (i >> 1) & 1;
+      s[i] = exp2_fast(fmaf(s[i], p.scale_log2, shift[r]));
+      part[r][i & 1] = i < 4 ? s[i] : part[r][i & 1] + s[i];  // the compiler would add the first ones to zero
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = part[r][0] + part[r][1];
+  }
+
+  // Adds a tile's sums. False, and nothing added, if some score of the warp is too far above what its row is relative to.
+  __device__ bool add(const float (&sum)[2]) {
     const bool fits = __all_sync(0xffffffffu, sum[0] <= kMostSum && sum[1] <= kMostSum);
     if (fits) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) row_sum[r] += sum[r];
     }
     return fits;
+  }
+
+  // Rows whose first keys are in this tile get their maximum now: nothing was summed that would have to follow it. Behind
+  // mask_scores(), for a full tile comes before all partial ones and leaves no row without keys.
+  __device__ __forceinline__ void meet_first_keys(const Scores& s) {
+    if (!__any_sync(0xffffffffu, shift[0] == kEmpty || shift[1] == kEmpty)) return;
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 2; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+      if (shift[r] == kEmpty && top[r] != -INFINITY) shift[r] = -top[r] * p.scale_log2;
+    }
   }
 
   // Softmax relative to the maximum so far; what was summed before must be multiplied by `factor`.
@@ -140,29 +162,31 @@ class HopperRows {
     for (int i = 0; i < C::kDim / 2; ++i) o[i] *= factor[(i >> 1) & 1];
   }
 
-  // The first tile of a list, under whose softmax no product runs.
-  __device__ __forceinline__ void first_tile(uint32_t keys, bool partial, uint32_t words) {
-    Scores s;
+  // The first tile of a list, under whose softmax no product runs: scores, then probabilities.
+  __device__ __forceinline__ void first_scores(Scores& s, uint32_t keys) {
     start_scores(s, keys);
     products_wait<0>();
     pin_registers(s);
+  }
+
+  __device__ __forceinline__ void first_softmax(Scores& s, bool partial, uint32_t words, Operand& probability) {
     if (partial) mask_scores(s, words);
     exact_softmax(s);
-    pack(s);
+    pack(s, probability);
   }
 
   // A tile whose scores are far above those before: they were overwritten, and are made again, by each warp alone.
-  __device__ __forceinline__ void repeat_tile(uint32_t keys, bool partial, uint32_t words) {
+  __device__ __forceinline__ void repeat_tile(uint32_t keys, bool partial, uint32_t words, Operand& probability) {
     Scores s;
     warp_scores(s, keys);
     if (partial) mask_scores(s, words);
     exact_softmax(s);
-    pack(s);
+    pack(s, probability);
     rescale_output();
   }
 
-  // Probabilities to operands, once no running product reads the last ones: row, row + 8, then the same of the next 8 keys.
-  __device__ void pack(const Scores& s) {
+  // Probabilities to operands that no running product reads.
+  __device__ void pack(const Scores& s, Operand& probability) const {
 #pragma unroll
     for (int k = 0; k < C::kKeys / 16; ++k)
 #pragma unroll
@@ -179,10 +203,8 @@ class HopperRows {
     }
   }
 
-  // The four threads of a row trade their pairs of columns for whole chunks of 8, so that a store is 16 bytes. `mine(r, c)`:
-  // whether to write the 32 dims from chunk c on of the thread's row r.
-  template <class Mine = HopperAllPieces>
-  __device__ void write_output(const Instance& at, int row0, Mine mine = {}) const {
+  // The four threads of a row trade their pairs of columns for whole chunks of 8, so that a store is 16 bytes.
+  __device__ void write_output(const Instance& at, int row0) const {
     T* out = static_cast<T*>(p.out) + at.batch * p.out_stride.batch + at.head * p.out_stride.head;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -191,7 +213,6 @@ class HopperRows {
       const float sum = row_sum[r], scale = sum == 0.f ? 0.f : reciprocal_fast(sum);
 #pragma unroll
       for (int c = 0; c < C::kDim / 8; c += 4) {
-        if (!mine(r, c)) continue;
         uint32_t words[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -202,23 +223,21 @@ class HopperRows {
           *reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * p.out_stride.row + chunk * 8) =
               make_uint4(words[0], words[1], words[2], words[3]);
       }
-      if (p.lse != nullptr && (lane & 3) == 0 && inside && mine(r, 0))
+      if (p.lse != nullptr && (lane & 3) == 0 && inside)
         p.lse[lse_index(p, at, row)] = sum == 0.f ? -INFINITY : (shift[r] + log2_fast(sum)) * kLn2;
     }
   }
 
   // Sums of a part of a query tile whose key list was cut, joined later by the combine kernel.
-  template <class Mine = HopperAllPieces>
-  __device__ void write_part(const BlockLayout& layout, int part, int copy, Mine mine = {}) const {
+  __device__ void write_part(const BlockLayout& layout, int part, int copy) const {
     const int64_t first = (static_cast<int64_t>(part) * layout.copies + copy) * layout.q_tile;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t row = first + warp * 16 + r * 8 + (lane >> 2);
-      if ((lane & 3) == 0 && mine(r, 0)) layout.part_stat[row] = make_float2(shift[r], row_sum[r]);
+      if ((lane & 3) == 0) layout.part_stat[row] = make_float2(shift[r], row_sum[r]);
 #pragma unroll
       for (int n = 0; n < C::kDim / 8; ++n) {
         if (n * 8 >= p.head_dim) break;
-        if (!mine(r, n / 4 * 4)) continue;
         *reinterpret_cast<float2*>(layout.part_out + row * p.head_dim + n * 8 + (lane & 3) * 2) =
             make_float2(o[n * 4 + r * 2], o[n * 4 + r * 2 + 1]);
       }
@@ -229,26 +248,12 @@ class HopperRows {
   const Problem& p;
   const int warp, lane;
   uint32_t q[C::kDim / 16][4];
-  uint32_t probability[C::kKeys / 16][4];
   float factor[2];
 
   // Sum of a thread's probabilities of one row and tile: up to here each of them fits the operand's type.
   static constexpr float kMostSum = 32768.f;
   // Shift of a row with nothing to attend so far: any score becomes infinite, and the sum shows it.
   static constexpr float kEmpty = 3e38f;
-
-  // Scores to probabilities, and their sums.
-  __device__ void exponentials(Scores& s, float (&sum)[2]) {
-    float part[2][2] = {};
-#pragma unroll
-    for (int i = 0; i < C::kKeys / 2; ++i) {
-      const int r = (i >> 1) & 1;
-      s[i] = exp2_fast(fmaf(s[i], p.scale_log2, shift[r]));
-      part[r][i & 1] += s[i];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] = part[r][0] + part[r][1];
-  }
 
   // Transposes 4 words of 4 neighbouring threads: word j of thread i goes to word i of thread j.
   __device__ void exchange(uint32_t (&word)[4]) const {

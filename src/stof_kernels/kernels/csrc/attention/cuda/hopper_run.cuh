@@ -66,15 +66,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// Copies in smaller groups than blocks that come and go need: few of them are worked on at a time, and their keys should stay
-// in one part of L2.
+// Copies in smaller groups than blocks that come and go need.
 inline BlockLayout regrouped(const Problem& problem, BlockLayout layout, int sets) {
-  constexpr int64_t kCacheBytes = 8 << 20;
-  const int64_t copy_bytes = int64_t{4} * problem.kv_len * problem.head_dim + 1;
-  const int64_t busy = (2 * int64_t{sets} + layout.item_limit - 1) / layout.item_limit;  // copies for two rounds
-  int64_t group = kCacheBytes / copy_bytes;
-  if (group < busy) group = busy;
-  if (group > layout.copies) group = layout.copies;
+  const int64_t copy_bytes = int64_t{4} * problem.kv_len * problem.head_dim;
+  const int64_t group = copies_of_group(copy_bytes, layout.item_limit, layout.copies, sets);
   layout.group_copies = FastDivisor(static_cast<uint32_t>(group));
   return layout;
 }
@@ -107,9 +102,9 @@ cudaError_t launch_hopper_as(const Problem& problem, const BlockLayout& layout, 
 }  // namespace stof::cuda
 
 // Defines one launcher; the translation units that instances.py generates consist of these.
-#define STOF_HOPPER(name, T, dim, sets, share, slots, registers)                                            \
-  namespace stof::cuda {                                                                                    \
-  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                \
-    return launch_hopper_as<HopperConfig<T, dim, sets, share, slots, registers>>(problem, layout, stream);  \
-  }                                                                                                         \
+#define STOF_HOPPER(name, T, dim, sets, share, slots, registers, paired)                                           \
+  namespace stof::cuda {                                                                                           \
+  cudaError_t name(const Problem& problem, const BlockLayout& layout, cudaStream_t stream) {                       \
+    return launch_hopper_as<HopperConfig<T, dim, sets, share, slots, registers, paired>>(problem, layout, stream); \
+  }                                                                                                                \
   }

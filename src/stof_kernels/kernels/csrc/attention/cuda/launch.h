@@ -20,18 +20,20 @@ cudaError_t allow_shared_memory(Kernel kernel, int bytes, std::atomic<uint64_t>&
 }
 
 // For kernels that call wait_for_predecessor() before they touch memory that an earlier kernel writes, or write what it reads.
-// Where the library is not for Hopper it is an ordinary launch.
-template <typename... Parameters, typename... Arguments>
+// Where the library is not for Hopper it is an ordinary launch. `kCluster` blocks in a row are a cluster.
+template <unsigned kCluster = 1, typename... Parameters, typename... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                                Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
 #ifdef STOF_HOPPER_TARGET
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap, config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = kCluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes, config.numAttrs = kCluster > 1 ? 2 : 1;
 #endif
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }

@@ -57,7 +57,8 @@ struct Problem {
 // {query tile of the plane, first key tile, key tiles, part or -1, leading full tiles, first bitmap slot, plane, 0, the first
 //  key tile's four runs}
 constexpr int kItemInts = 12;
-// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, 0}
+// Ints of the layout's header: {items, parts, combines, key tiles, bitmap slots, longest item, overflow, leading items: those
+//  more than twice as long as the mean}
 constexpr int kHeaderInts = 8;
 // Ints of a combine entry: {query tile of the plane, first part, parts, plane}
 constexpr int kCombineInts = 4;
@@ -95,8 +96,8 @@ enum class Shape : int {
   kSplit = 2,   // 64 query rows, key tiles dealt to groups of 4 warps: short launches
   kHopper = 3,  // sm_90a: 64 query rows a warpgroup, each with an item of its own; its blocks stay
   kHopperPair = 4,   // sm_90a: 128 query rows, two warpgroups that share the keys; its blocks stay
-  kHopperSplit = 5,  // sm_90a: 64 query rows, key tiles dealt to the two warpgroups of a block: short calls
-  kHopperQuad = 6,   // the same with four warpgroups
+  kHopperSplit = 5,  // sm_90a: 64 query rows, key tiles dealt to the two warpgroups of a block: short calls, many items
+  kHopperQuad = 6,   // the same with four, or with the eight of two blocks: few items
 };
 
 cudaError_t launch_block_wise(const Problem& problem, const BlockLayout& layout, Shape shape, cudaStream_t stream);
@@ -106,6 +107,10 @@ constexpr int kShapes = 7;
 
 // Whether blocks of that shape stay and take one item after the other.
 constexpr bool stays(Shape shape) { return shape == Shape::kHopper || shape == Shape::kHopperPair; }
+
+// Up to how many items a multiprocessor these are dealt, and not counted: less than three for each of its sets of warpgroups. So
+// few are one group of copies, which dealing needs: of several groups it would give a block the longest of each.
+constexpr int most_dealt(Shape shape, int head_dim) { return shape == Shape::kHopperPair ? 3 : head_dim <= 64 ? 8 : 5; }
 
 // Query rows of an item of that shape.
 constexpr int query_tile(Shape shape) { return shape == Shape::kLarge || shape == Shape::kHopperPair ? 128 : 64; }

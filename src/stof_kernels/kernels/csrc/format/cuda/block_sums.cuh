@@ -75,12 +75,13 @@ struct Totals {
   Sum all, before;
   int longest, chunk, longest_item;
   int items, parts, combines, parts_before, combines_before;
+  int leading;    // items longer than twice the mean; they come first
   bool in_order;  // none is cut and all are equally long: the items are the query tiles
 };
 
 struct Shared {
   unsigned long long sums[4];
-  int extremes[2], counts[4];
+  int extremes[2], counts[4], leading;
   int cursor[kBins], all[kBins];  // items per length; the first becomes where the next of this block goes
   int scan[kWarps + 1];
   uint16_t key_tiles[kWarps][32 * kListWords];
@@ -169,7 +170,9 @@ inline __device__ void order_items(const Sizes& sizes, const Survey& survey, int
   const int bin = kBins - 1 - static_cast<int>(threadIdx.x);  // longest first
   const int longer = block_exclusive_scan(bin >= 0 ? shared.all[bin] : 0, shared.scan, totals.items);
   if (bin >= 0) shared.cursor[bin] += longer;
+  if (bin == leading_bin(tiles_in(totals.all.all), totals.items, totals.longest_item)) shared.leading = longer;
   __syncthreads();
+  totals.leading = shared.leading;
 }
 
 }  // namespace stof::cuda

@@ -188,7 +188,7 @@ __device__ void write_totals(const BlockTable& table, const Sizes& sizes, const 
   lists.counts[2] = out.q_tile * keys - (int64_t{sizes.per_plane} * out.q_tile - table.q_len) * end_keys;
   lists.counts[3] = over;
   write_header(out, totals.items, totals.parts, totals.combines, tiles_in(totals.all.all), cuts_in(totals.all.all),
-               totals.longest_item, over, lists.counts);
+               totals.longest_item, totals.leading, over, lists.counts);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)

@@ -34,6 +34,14 @@ __device__ __forceinline__ Tile cut_tile(int length, int full, int chunk, int lo
   return tile;
 }
 
+// Items of later places than this in the order are longer than twice the mean. They lead: blocks that stay take them for all
+// copies of the mask before the rest, which goes copies by copies, for what starts so late would end after everything else.
+__device__ __forceinline__ int leading_bin(int64_t tiles, int items, int longest_item) {
+  const int64_t most = 2 * tiles / max(items, 1);
+  if (most >= longest_item) return kBins - 1;
+  return static_cast<int>(longest_item < kBins ? most : most * (kBins - 1) / longest_item);
+}
+
 // Items of lanes with the same length: those of lower lanes, and all.
 struct Peers {
   int before, all;
@@ -80,16 +88,16 @@ __device__ __forceinline__ uint32_t accumulator_byte(uint32_t upper, uint32_t lo
   return (upper & 3) | (lower & 3) << 2 | (upper >> 8 & 3) << 4 | (lower >> 8 & 3) << 6;
 }
 
-// By one thread: what the header says of items, parts, combines, key tiles and bitmaps, and whether all of it fits. `over`:
-// already known not to. With room for no item, sizes are only measured.
+// By one thread: what the header says of items, parts, combines, key tiles, bitmaps and leading items, and whether all of it
+// fits. `over`: already known not to. With room for no item, sizes are only measured.
 __device__ __forceinline__ void write_header(const LayoutBuffers& out, int items, int parts, int combines, int64_t tiles,
-                                             int64_t slots, int longest_item, bool over, int64_t* counts) {
+                                             int64_t slots, int longest_item, int leading, bool over, int64_t* counts) {
   const bool measuring = out.item_capacity == 0;
   over = over || (!measuring && (tiles > out.tile_capacity || slots > out.slot_capacity || items > out.item_capacity ||
                                  combines > out.combine_capacity));
   const int64_t most = 0x7fffffff;
   const int values[kHeaderInts] = {items, parts, combines, static_cast<int>(min(tiles, most)),
-                                   static_cast<int>(min(slots, most)), longest_item, over, 0};
+                                   static_cast<int>(min(slots, most)), longest_item, over, leading};
   for (int k = 0; k < kHeaderInts; ++k) out.header[k] = values[k];
   if (over) counts[3] = 1;  // so that every kernel and SparseMask.check say so
 }

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
                                                             int* query_tiles) {
   __shared__ int cursor[kWarps][kBins];  // a warp's items per length, then where its next item of that length goes
   __shared__ int64_t shared[kWarps];
-  __shared__ int bin_sums[kWarps + 1], longest;
+  __shared__ int bin_sums[kWarps + 1], longest, leading;
   const int per_plane = (cells.q_len + out.q_tile - 1) / out.q_tile, n = cells.planes * per_plane;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Range mine = warp_range(n);
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
   int in_bin = 0, items;
   for (int w = 0; w < kWarps && bin >= 0; ++w) in_bin += cursor[w][bin];
   int next = block_exclusive_scan(in_bin, bin_sums, items);
+  if (bin == leading_bin(all_tiles, items, longest_item)) leading = next;
   for (int w = 0; w < kWarps && bin >= 0; ++w) {
     const int count = cursor[w][bin];
     cursor[w][bin] = next;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(CellView cells, Layo
   }
   if (threadIdx.x == 0) {
     const bool over = cells.counts[3] != 0;
-    write_header(out, items, all_parts, all_combines, all_tiles, all_slots, longest_item, over, cells.counts);
+    write_header(out, items, all_parts, all_combines, all_tiles, all_slots, longest_item, leading, over, cells.counts);
   }
 }
 
