@@ -139,3 +139,12 @@ def test_a_loud_tile_wherever_it_stands(emulated, kernel, tiles):
         louder[:, :, 64 * loud :] *= 12
         louder[:, :, 64 * (loud + 1) : 64 * (loud + 2)] *= 3
         assert_right(attend(emulated, kernel, q, louder, v, keep, blocks=1), q, louder, v, keep)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_queries_come_while_the_items_before_are_worked_on(emulated, kernel, tiles):
+    """Short items: the producer has nothing left to bring for one when it may bring the queries of the next."""
+    kv_len = 64 * tiles - 3
+    q, k, v = draw(8, 2, 192, kv_len, KERNELS[kernel].dim)
+    keep = torch.rand(192, kv_len) < 0.5
+    assert_right(attend(emulated, kernel, q, k, v, keep, blocks=1), q, k, v, keep)

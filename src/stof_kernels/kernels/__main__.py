@@ -1,7 +1,7 @@
 """``python -m stof_kernels.kernels TARGET ... | all``: compile targets anew and report registers and spills of every kernel.
 
-Exits with 1 if an attention kernel spills registers or the assembler takes a warpgroup's products apart, with 2 if something does
-not compile.
+Exits with 1 if an attention kernel spills registers or the assembler takes a warpgroup's products apart, with 2 if something
+does not compile.
 """
 
 from __future__ import annotations

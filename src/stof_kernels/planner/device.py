@@ -117,10 +117,10 @@ CPU_COSTS = {
     ),
 }
 
-# Fitted to 1163 calls on one NVIDIA H200, the Hopper shapes of 64 dims to 190 later ones (kernels/NOTES.md): relative error 5 to
-# 95 % within 0.75 and 1.25 of measured. Other cards are sized by their multiprocessors; the ratios between the kernels are assumed
-# to carry over until one is measured. A tile of hopper_pair was scaled by what paired slots brought on long rows, 0.925, and what
-# a late first key costs it by what is left of it where only the maximum is looked for, a third.
+# Fitted to 1163 calls on one NVIDIA H200, the Hopper shapes of 64 dims to 190 later ones (kernels/NOTES.md): relative error 5
+# to 95 % within 0.75 and 1.25 of measured. Other cards are sized by their multiprocessors; the ratios between the kernels are
+# assumed to carry over until one is measured. A tile of hopper_pair was scaled by what paired slots brought on long rows,
+# 0.925, and what a late first key costs it by what is left of it where only the maximum is looked for, a third.
 CUDA_BLOCK_COSTS = {
     "wide": CudaBlockCosts(2.65, 0.028, 0.480, 0.0, 0.620, 0.508, 0.489, 3.97),
     "large": CudaBlockCosts(2.92, 0.0, 1.090, 0.0, 1.203, 1.087, 0.503, 4.08),

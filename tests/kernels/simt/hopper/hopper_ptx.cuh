@@ -157,7 +157,7 @@ template <int>
 void give_registers() {}
 
 inline simt::Hopper::Thread& running_here() { return simt::hopper().threads[simt::state().now->number]; }
-inline void products_begin() {}
+inline void products_begin() { simt::end_loads(); }
 inline void products_commit() {
   auto& self = running_here();
   self.groups.push_back(std::move(self.open));
