@@ -15,7 +15,7 @@ all: bootstrap  ## measure, aggregate and draw everything (ARGS: further argumen
 test: bootstrap  ## run the tests (ARGS: further arguments of pytest)
 	@python -m pytest $(ARGS)
 
-compile-all: bootstrap  ## compile the CUDA kernels for every architecture anew; an attention kernel that spills fails
+compile-all: bootstrap  ## compile the CUDA kernels for every architecture anew; one that spills or is serialized fails
 	@python -m stof_kernels.kernels all
 
 lint: bootstrap  ## check style: ruff, snakefmt, snakemake --lint

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from stof_kernels import settings
+from stof_kernels.kernels.instances import HopperSplitTile, HopperTile
+from stof_kernels.provenance import PACKAGE_ROOT
 
 SIMT = Path(__file__).parent / "simt"
+_CUDA = PACKAGE_ROOT / "kernels/csrc/attention/cuda"
 _PROBE = "#include <ucontext.h>\nint main() { _Float16 x = 1; ucontext_t c; return getcontext(&c) + int(x) - 1; }\n"
 
 
@@ -31,3 +35,13 @@ def emulated_library(folder: Path, units: list[Path], includes: list[Path], leve
     run = subprocess.run([*command, *map(str, units), "-o", str(made)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(made))
+
+
+def hopper_sources(folder: Path, headers: Iterable[str], tiles: Iterable[HopperTile | HopperSplitTile]) -> None:
+    """Puts a Hopper kernel's ``headers`` into the folder, and kernels.inc: EMULATED(number, template arguments) a tile."""
+    for name in headers:
+        text = (_CUDA / name).read_text(encoding="utf-8")
+        text = text.replace("extern __shared__ unsigned char raw[];", "unsigned char* const raw = shared_memory;")
+        (folder / name).write_text(text.replace("#ifdef __CUDACC__", "#if 1"))
+    lines = [f"EMULATED({i}, {', '.join(map(str, tile.arguments))})" for i, tile in enumerate(tiles)]
+    (folder / "kernels.inc").write_text("\n".join(lines) + "\n")

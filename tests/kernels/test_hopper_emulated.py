@@ -7,12 +7,10 @@ import math
 
 import pytest
 import torch
-from emulation import SIMT, emulated_library
+from emulation import SIMT, emulated_library, hopper_sources
 
 from stof_kernels.kernels import instances
-from stof_kernels.provenance import PACKAGE_ROOT
 
-CUDA = PACKAGE_ROOT / "kernels/csrc/attention/cuda"
 KERNEL_HEADERS = ("common.cuh", "hopper_config.cuh", "hopper_rows.cuh", "hopper_consumer.cuh", "hopper_producer.cuh",
                   "hopper_run.cuh", "hopper_maps.h", "item_order.cuh", "problem.h")  # fmt: skip
 # What is built, and what could be.
@@ -26,12 +24,7 @@ ITEM_INTS = 12
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hopper")
-    for name in KERNEL_HEADERS:
-        text = (CUDA / name).read_text(encoding="utf-8")
-        text = text.replace("extern __shared__ unsigned char raw[];", "unsigned char* const raw = shared_memory;")
-        (folder / name).write_text(text.replace("#ifdef __CUDACC__", "#if 1"))
-    lines = [f"EMULATED({i}, {', '.join(map(str, tile.arguments))})" for i, tile in enumerate(KERNELS.values())]
-    (folder / "kernels.inc").write_text("\n".join(lines) + "\n")
+    hopper_sources(folder, KERNEL_HEADERS, KERNELS.values())
     for source in (SIMT / "hopper").iterdir():
         (folder / source.name).write_text(source.read_text(encoding="utf-8"))
     return emulated_library(folder, [folder / "hopper.cpp"], [folder], "-O1")

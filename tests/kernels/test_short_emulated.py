@@ -5,15 +5,26 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from emulation import SIMT, emulated_library
-from test_hopper_emulated import CUDA, assert_right, draw, layout
+from emulation import SIMT, emulated_library, hopper_sources
+from test_hopper_emulated import assert_right, draw, layout
 
-# In the order of simt/hopper_short/hopper_short.cpp; the last two could be built.
-KERNELS = ("split", "quad", "quad_alone", "two_share")
-SHARING = ("quad", "two_share")
+from stof_kernels.kernels import instances
+
+# What is built, and what could be.
+BUILT = {
+    unit.tile.shape: unit.tile
+    for unit in instances.instances("sm_90a", main_only=True)
+    if isinstance(unit.tile, instances.HopperSplitTile)
+}
+KERNELS = BUILT | {
+    "quad_alone": replace(BUILT["hopper_quad"], shares=False),
+    "two_share": instances.HopperSplitTile("hopper_split", 64, groups=2, stages=2, shares=True),
+}
+SHARING = [name for name, tile in KERNELS.items() if tile.shares]
 HEADERS = ("common.cuh", "item_order.cuh", "hopper_config.cuh", "hopper_rows.cuh", "hopper_split_config.cuh",
            "hopper_split_join.cuh", "hopper_split.cuh", "hopper_split_run.cuh", "hopper_maps.h", "problem.h")  # fmt: skip
 # Two blocks' shared memory, a megabyte apart; descriptors of operands are of the block that uses them.
@@ -31,10 +42,7 @@ PATCHES = {
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("short")
-    for name in HEADERS:
-        text = (CUDA / name).read_text(encoding="utf-8")
-        text = text.replace("extern __shared__ unsigned char raw[];", "unsigned char* const raw = shared_memory;")
-        (folder / name).write_text(text.replace("#ifdef __CUDACC__", "#if 1"))
+    hopper_sources(folder, HEADERS, KERNELS.values())
     for name, changes in PATCHES.items():
         text = (SIMT / "hopper" / name).read_text(encoding="utf-8")
         for old, new in changes:
@@ -54,7 +62,7 @@ def emulated(library, request):
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    torch.manual_seed(KERNELS.index(request.param))
+    torch.manual_seed(list(KERNELS).index(request.param))
     return request.param
 
 
@@ -75,7 +83,9 @@ def attend(library, kernel, q, k, v, keep, units=132, exact=True, scale=None, sp
     ints = torch.tensor(sizes, dtype=torch.int32)
     tensors = (q, k, v, out, lse, header, items, col, bits, part_out, part_stat, ints)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    assert library.run(KERNELS.index(kernel), *pointers, ctypes.c_double(dim**-0.5 if scale is None else scale)) == 0
+    assert (
+        library.run(list(KERNELS).index(kernel), *pointers, ctypes.c_double(dim**-0.5 if scale is None else scale)) == 0
+    )
     if parts is not None:
         return joined(items, part_out, part_stat, q.shape[2])
     return out.transpose(1, 2), lse
@@ -108,6 +118,11 @@ def joined(items, part_out, part_stat, q_len):
         out[0, :, here] = torch.where(total.unsqueeze(-1) == 0, 0.0, sums / total.unsqueeze(-1))
         lse[0, :, here] = (top + total.log2()) * math.log(2)
     return out[:, :, :q_len].half(), lse[:, :, :q_len]
+
+
+def test_shared_memory_is_what_the_instances_say(library):
+    sizes = [library.shared_bytes(number) for number in range(len(KERNELS))]
+    assert sizes == [tile.shared_bytes for tile in KERNELS.values()]
 
 
 @pytest.mark.parametrize("tiles", [0, 3, 4, 9])

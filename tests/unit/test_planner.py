@@ -91,14 +91,21 @@ def test_shapes_for_short_calls_are_left_to_short_calls(batch, seq_len):
     assert chosen_on_h200(batch, seq_len) == "hopper"
 
 
-# As measured there, microseconds: hopper, hopper_split, hopper_quad. Where two are within 6 % either will do.
+# As measured there, microseconds: hopper, hopper_split, hopper_quad. Where two are within 4 % either will do.
 @pytest.mark.parametrize(
     ("batch", "seq_len", "measured"),
     [
         (1, 128, (3.99, 3.03, 3.02)),
         (1, 256, (4.94, 4.12, 3.52)),
         (1, 512, (6.61, 7.49, 5.07)),
-        (1, 1024, (10.91, 14.96, 10.38)),
+        pytest.param(
+            1,
+            1024,
+            (10.91, 14.96, 10.38),
+            marks=pytest.mark.xfail(
+                strict=True, reason="the rounded costs make it a tie, and hopper comes first: 5 % slower"
+            ),
+        ),
         (2, 128, (3.97, 3.28, 3.08)),
         (2, 256, (5.01, 4.88, 4.25)),
         (4, 128, (4.11, 3.71, 3.59)),
@@ -112,7 +119,7 @@ def test_shapes_for_short_calls_are_left_to_short_calls(batch, seq_len):
 )
 def test_short_causal_calls_get_the_shape_that_was_fastest(batch, seq_len, measured):
     times = dict(zip(("hopper", "hopper_split", "hopper_quad"), measured, strict=True))
-    assert times[chosen_on_h200(batch, seq_len)] <= 1.06 * min(measured)
+    assert times[chosen_on_h200(batch, seq_len)] <= 1.04 * min(measured)
 
 
 def test_items_are_shared_only_where_every_block_finds_a_multiprocessor():
@@ -124,9 +131,9 @@ def test_items_are_shared_only_where_every_block_finds_a_multiprocessor():
         """Microseconds that sharing saves."""
         p = replace(causal(1, seq_len), heads=heads, kv_heads=heads)
         with pytest.MonkeyPatch.context() as patch:
-            alone = planner.predict_us(quad, device, p)
+            shared = planner.predict_us(quad, device, p)
             patch.setitem(CUDA_BLOCK_COSTS, "hopper_quad", replace(CUDA_BLOCK_COSTS["hopper_quad"], halves=0))
-            return planner.predict_us(quad, device, p) - alone
+            return planner.predict_us(quad, device, p) - shared
 
     assert gain(12, halved) > 0
     assert gain(12, halved - 64) == 0  # too short

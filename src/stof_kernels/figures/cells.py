@@ -130,6 +130,16 @@ def truth(value: bool | None) -> str:
     return _IN_TABLES[value]
 
 
+def outcome(row: Measurement) -> dict[str, object]:
+    """What a table says of how a row came about: status, exactness, source, and why there is no number."""
+    return {
+        "status": row.status,
+        "exact": truth(row.exact),
+        "source": row.source,
+        "reason": row.note if row.status != "ok" else "",
+    }
+
+
 def table_line(figure: str, b: Bar, gpu: str, baseline: Measurement | None, **where: object) -> dict[str, object]:
     """One line of the table behind a figure of speedups."""
     row = b.row

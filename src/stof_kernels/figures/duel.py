@@ -116,10 +116,7 @@ def _line(page: GpuPage, fight: _Fight) -> dict[str, object]:
         "p80": cells.number(ratio and ratio.p80),
         "turns": ratio.samples if ratio else "",
         "verdict": fight.verdict,
-        "status": row.status,
-        "exact": cells.truth(row.exact),
-        "source": row.source,
-        "reason": row.note if row.status != "ok" else "",
+        **cells.outcome(row),
     }
 
 

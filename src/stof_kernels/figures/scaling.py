@@ -141,10 +141,7 @@ def _line(page: GpuPage, panel: _Panel, row: Measurement, peak: Measurement | No
         "p20_us": cells.number(row.p20),
         "p80_us": cells.number(row.p80),
         "peak_mib": cells.number(peak.median) if peak else "",
-        "status": row.status,
-        "exact": cells.truth(row.exact),
-        "source": row.source,
-        "reason": row.note if row.status != "ok" else "",
+        **cells.outcome(row),
     }
 
 

@@ -1,4 +1,5 @@
-// The kernels for short calls on Hopper on the CPU, for ctypes: fp16, one cluster after the other.
+// The kernels for short calls on Hopper on the CPU, for ctypes: fp16, one cluster after the other. kernels.inc is made by the
+// test: EMULATED(number, arguments of HopperSplitConfig) for each kernel.
 #include "launch.h"
 #include "hopper_split_run.cuh"
 
@@ -18,11 +19,6 @@ bool make_hopper_maps(const Problem& p, HopperMaps* maps) {
 
 using namespace stof::cuda;
 
-STOF_HOPPER_SPLIT(split, __half, 64, 2, 2, 2, false)
-STOF_HOPPER_SPLIT(quad, __half, 64, 4, 2, 1, true)
-STOF_HOPPER_SPLIT(quad_alone, __half, 64, 4, 2, 1, false)
-STOF_HOPPER_SPLIT(two_share, __half, 64, 2, 2, 1, true)
-
 extern "C" {
 
 void set_order(int descending, int die, int late) {
@@ -30,7 +26,7 @@ void set_order(int descending, int die, int late) {
 }
 
 // sizes: batch, q_heads, kv_heads, q_len, kv_len, head_dim, items, multiprocessors, exact. q, k, v: (batch, heads, len, dim), out:
-// (batch, q_len, heads, dim), one mask for all. `kernel`: its place above.
+// (batch, q_len, heads, dim), one mask for all.
 int run(int kernel, const void* q, const void* k, const void* v, void* out, float* lse, const int* header, const int* items,
         const int* col, const uint32_t* bits, float* part_out, float* part_stat, const int* sizes, double scale) {
   Problem p{};
@@ -53,8 +49,19 @@ int run(int kernel, const void* q, const void* k, const void* v, void* out, floa
   layout.group_blocks = FastDivisor(std::max(1, layout.item_limit * layout.copies));
   layout.group_copies = layout.last_copies = FastDivisor(layout.copies);
   device_units = sizes[7];
-  const BlockWiseLauncher launchers[] = {split, quad, quad_alone, two_share};
-  return launchers[kernel](p, layout, nullptr);
+#define EMULATED(number, ...) \
+  if (kernel == number) return launch_hopper_split_as<HopperSplitConfig<__half, __VA_ARGS__>>(p, layout, nullptr);
+#include "kernels.inc"
+#undef EMULATED
+  return -1;
+}
+
+int shared_bytes(int kernel) {
+#define EMULATED(number, ...) \
+  if (kernel == number) return HopperSplitConfig<__half, __VA_ARGS__>::kSharedBytes;
+#include "kernels.inc"
+#undef EMULATED
+  return 0;
 }
 
 }  // extern "C"
