@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .inputs import Signature, example_problems
-from .reasons import first_line
 
 aten = torch.ops.aten
 
@@ -119,7 +118,8 @@ def _export(module: nn.Module, leaves: list[Tensor]) -> fx.GraphModule:
         with torch.no_grad():
             return torch.export.export(module, tuple(leaves), strict=False).module(check_guards=False)
     except Exception as error:
-        raise CaptureError(f"capture: torch.export could not follow the model: {first_line(error)}") from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CaptureError(f"capture: torch.export could not follow the model: {reason}") from error
 
 
 # ---- cleaning --------------------------------------------------------------------------------------------------------
