@@ -17,9 +17,8 @@ from fusion_modules import Fn, Norm, rotate, tanh_gelu
 from stof_kernels.fusion import graph, segments
 from stof_kernels.fusion.capture import capture
 from stof_kernels.fusion.costs import Space
-from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, projection_rotary, split_gemm, tiles
+from stof_kernels.fusion.templates import TEMPLATES, gemm, gemm_gemm, gemm_maps, projection_rotary, split_gemm
 from stof_kernels.fusion.templates.base import setting
-from stof_kernels.fusion.templates.chain_tiles import Chain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -352,7 +351,6 @@ def test_a_search_leaves_out_what_loses_by_far(monkeypatch, case, template, limi
     assert TEMPLATES["gemm"].promising(segment_of("gelu after")[0])
 
 
-H200 = tiles.Device(multiprocessors=132, shared=232448)
 CHAINS = [c for c, v in CASES.items() if v[0] == "gemm_gemm"]
 
 
@@ -399,50 +397,6 @@ def test_a_chain_too_narrow_for_parts_and_too_wide_for_whole_rows_says_so():
     wide = Fn(lambda m, x: m.b(m.a(x)), a=linear(24, 16), b=linear(16, 1040))
     segment, _ = segment_of(("", "linear + linear", wide, [(3, 24)]))
     assert "16 columns between the products and 1040" in TEMPLATES["gemm_gemm"].supports(segment)
-
-
-@triton
-@pytest.mark.parametrize(
-    ("rows", "depth", "inner", "count"),
-    [
-        *((rows, h, 4 * h, 1) for rows in (128, 1024, 4096, 32768) for h in (512, 1024)),
-        (128, 768, 3072, 1),
-        (128, 1024, 2816, 2),
-        (18, 40, 72, 1),
-    ],
-)
-def test_every_chain_fits_the_card(rows, depth, inner, count):
-    found = [dict(s) for s in Chain(rows, depth, inner, depth, count, 2).settings(H200)]
-    assert min(2, rows) <= len(found) <= 8
-    assert len({(s["BM"], s["parts"]) for s in found}) == len(found)
-    for s in found:
-        span = s["BH"] * s["slices"]
-        assert inner <= s["parts"] * span <= 1.15 * inner
-        tile = max((s["BM"] + count * s["BH"]) * s["BK"], span * s["BN"]) * 2
-        assert tile * s["stages"] + s["BM"] * s["BN"] * 4 <= H200.shared
-        assert s["BM"] * max(s["BH"] * count, s["BN"]) / (32 * s["warps"]) <= 128
-    if rows == 128:  # enough blocks to ask for all weights at once, and partial results that the L2 cache holds
-        assert -(-rows // found[0]["BM"]) * found[0]["parts"] >= 88
-        assert found[0]["parts"] * rows * depth * 4 <= 40e6
-
-
-@pytest.mark.parametrize("rows", [1, 122, 128, 4096, 32416])
-@pytest.mark.parametrize(
-    ("columns", "depth", "count", "sides"), [(768, 768, 1, 3), (2816, 1024, 2, 1), (200, 72, 1, 1)]
-)
-def test_every_tile_fits_the_card(rows, columns, depth, count, sides):
-    found = [dict(s) for s in tiles.candidates(rows, columns, depth, count, sides, 2, H200)]
-    assert 0 < len(found) <= 15
-    for s in found:
-        assert (s["BM"] + s["BN"] * count) * s["BK"] * 2 * s["stages"] <= H200.shared
-        assert s["BM"] * s["BN"] * count <= 158 * 256  # float32 accumulators of eight warps
-        assert s["BM"] * s["BN"] * count / (32 * s["warps"]) <= 128
-        assert s["BM"] <= max(16, tiles.power_of_two(rows))
-    best = found[0]
-    if rows >= 4096 and sides == 3:
-        assert (best["BM"], best["BN"]) == (128, 128)
-    if rows == 128 and sides == 3:  # more blocks than one column of tall tiles would give
-        assert -(-rows // best["BM"]) * -(-columns // best["BN"]) * sides >= 66
 
 
 @triton
