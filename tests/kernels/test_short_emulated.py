@@ -83,9 +83,8 @@ def attend(library, kernel, q, k, v, keep, units=132, exact=True, scale=None, sp
     ints = torch.tensor(sizes, dtype=torch.int32)
     tensors = (q, k, v, out, lse, header, items, col, bits, part_out, part_stat, ints)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    assert (
-        library.run(list(KERNELS).index(kernel), *pointers, ctypes.c_double(dim**-0.5 if scale is None else scale)) == 0
-    )
+    number, scale = list(KERNELS).index(kernel), ctypes.c_double(dim**-0.5 if scale is None else scale)
+    assert library.run(number, *pointers, scale) == 0
     if parts is not None:
         return joined(items, part_out, part_stat, q.shape[2])
     return out.transpose(1, 2), lse
