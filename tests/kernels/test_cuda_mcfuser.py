@@ -130,14 +130,21 @@ def test_the_model_ranks_kernels_as_the_device_does():
 
 def test_the_chosen_kernel_is_near_the_best_of_the_space():
     problem = problem_of("bigbird", 8, 512)
-    _, prepared = prepared_of(problem)
-    chosen = tuning.seconds_of(prepared.run, torch.device("cuda"))
     meter, space = everything(problem)
     # Splitting k or h only adds work at a head of 64: the rest of the space is represented by a sample.
     whole = [c for c in space if c.program.extents["k"] == c.program.extents["h"] == 1]
     others = random.Random(2).sample([c for c in space if c not in whole], 24)
-    best = min(meter.candidates(whole + others))
-    assert chosen <= 1.1 * best
+    meter.candidates(whole + others)
+    leaders = sorted(meter.trials, key=lambda t: t.measured)[:5]
+    _, prepared = prepared_of(problem)
+    device = torch.device("cuda")
+    # Once more in turns, since the clock has changed since the space was measured.
+    runs = [prepared.run, *(lambda k=t.kernel: k(meter.tensors) for t in leaders)]
+    rounds = [[tuning.seconds_of(run, device) for run in runs] for _ in range(5)]
+    chosen, *best = (min(times) for times in zip(*rounds, strict=True))
+    fastest = leaders[best.index(min(best))].kernel
+    print(f"chosen {1e6 * chosen:.1f} us ({prepared.note}), best {1e6 * min(best):.1f} us ({fastest})")
+    assert chosen <= 1.1 * min(best)
 
 
 @pytest.mark.parametrize("batch", [8, 16])
