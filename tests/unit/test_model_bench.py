@@ -348,24 +348,6 @@ def test_compile_caches_are_empty_and_gone_afterwards(tmp_path, monkeypatch):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == before
 
 
-@pytest.mark.parametrize("before", [None, "elsewhere"])
-@pytest.mark.parametrize("mode", [0o755, 0o644, None])
-def test_warming_up_names_torchs_assembler(tmp_path, monkeypatch, mode, before):
-    (tmp_path / "bin").mkdir()
-    ptxas = tmp_path / "bin" / "ptxas"
-    if mode is not None:
-        ptxas.write_text("")
-        ptxas.chmod(mode)
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setenv("TRITON_PTXAS_PATH", before or "")  # also makes sure that what is set below goes away
-    if before is None:
-        monkeypatch.delenv("TRITON_PTXAS_PATH")
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: lambda x: asked.append(os.environ.get("TRITON_PTXAS_PATH")))
-    model_caches.warm_up.__wrapped__("cpu")
-    assert asked == [before or (str(ptxas) if mode == 0o755 else None)]
-
-
 def test_peak_memory_sees_what_is_gone_afterwards():
     def run():
         return float(torch.ones(64 << 20).sum())  # 256 MiB

@@ -97,6 +97,28 @@ def test_every_cell_has_a_checked_time_and_a_control(job, capsys):
     assert lines[0].startswith("mha cpu torch_native [1/6] causal:1x64: ")
 
 
+@pytest.mark.parametrize("before", [None, "elsewhere"])
+@pytest.mark.parametrize("mode", [0o755, 0o644, None])
+def test_a_job_assembles_with_torchs_ptxas(job, fake, tmp_path, monkeypatch, mode, before):
+    (tmp_path / "bin").mkdir()
+    ptxas = tmp_path / "bin" / "ptxas"
+    if mode is not None:
+        ptxas.write_text("")
+        ptxas.chmod(mode)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", before or "")  # also makes sure that what a job sets goes away
+    if before is None:
+        monkeypatch.delenv("TRITON_PTXAS_PATH")
+    seen = set()
+
+    def prepare(problem, tensors):
+        seen.add(os.environ.get("TRITON_PTXAS_PATH"))
+        return right(problem, tensors)
+
+    job(fake(prepare))
+    assert seen == {before or (str(ptxas) if mode == 0o755 else None)}
+
+
 def test_stof_times_its_mask_build_apart(job):
     rows, provenance = job("stof")
     builds = [row for row in rows if row.metric == "mask_build_time"]

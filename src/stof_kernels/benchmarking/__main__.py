@@ -77,6 +77,7 @@ def _duel(options: argparse.Namespace) -> int:
     import torch
 
     from .duel import duel
+    from .environment import one_assembler
 
     if len(options.methods) != 2:
         raise ValueError(f"got {len(options.methods)} methods, allowed: two ids such as stof sdpa")
@@ -88,6 +89,7 @@ def _duel(options: argparse.Namespace) -> int:
     given = {name: value for name, value in given.items() if value is not None} | {"seed": options.seed}
     budget = Budget(min_samples=20, max_samples=10_000, budget_s=options.seconds)
     first, second = options.methods
+    one_assembler()
     for cell in parse_cells(options.cells, given, _fields(options.config, device), device):
         outcome = duel(cell.problem, first, second, budget)
         print(f"{cell.key} {device} {cell.problem.dtype}: {first} against {second}: {outcome}", flush=True)

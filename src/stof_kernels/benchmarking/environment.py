@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shutil
 import subprocess
@@ -31,6 +32,20 @@ def versions() -> dict[str, str]:
 def machine(device: str) -> dict[str, Any]:
     """What runs the numbers: GPU (as the driver reports it, with clocks in MHz and power limit in W) or CPU, and threads."""
     return _gpu() if device == "cuda" else _cpu()
+
+
+def one_assembler() -> None:
+    """Let this process and Inductor's workers take the same ptxas: torch's own, as the workers do; a set path is kept.
+
+    Its version is part of Triton's key of a compiled kernel. A process that asks Triton for it before the path is set keeps
+    that of Triton's ptxas, so under torch 2.11 it finds nothing of what the workers compiled: max-autotune compiles each
+    candidate again, one after the other, while the device falls idle (on an H200 105 s instead of 29, and a slower pick).
+    """
+    import torch
+
+    ptxas = Path(torch.__file__).parent / "bin" / "ptxas"
+    if os.access(ptxas, os.X_OK):
+        os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
 
 
 def _cpu() -> dict[str, Any]:

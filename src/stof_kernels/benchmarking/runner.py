@@ -110,6 +110,7 @@ def run_job(
         rows = _measure_all(cells, job, None, taken)
     else:
         _require_device(device)
+        environment.one_assembler()
         facts = _facts(job, settings, environment.machine(device))
         book = Journal(Path(journal), _identity(facts), about=about)
         about = book.about | {"resumed": book.resumed}
