@@ -32,6 +32,11 @@ def cxx() -> str:
     return os.environ.get("CXX") or "c++"
 
 
+def name_ptxas(path: Path) -> None:
+    """Let Triton, here and in processes started from now on, assemble with ``path``; a set ``TRITON_PTXAS_PATH`` is kept."""
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(path))
+
+
 def cuda_home() -> Path | None:
     """CUDA toolkit folder named by ``CUDA_HOME``, or None if it is not set."""
     home = os.environ.get("CUDA_HOME")

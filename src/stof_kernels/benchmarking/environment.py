@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stof_kernels import settings
 from stof_kernels.provenance import REPOSITORY_ROOT
 
 _PACKAGES = ("torch", "triton", "stof-kernels", "flash-attn-4")
@@ -45,7 +46,7 @@ def one_assembler() -> None:
 
     ptxas = Path(torch.__file__).parent / "bin" / "ptxas"
     if os.access(ptxas, os.X_OK):
-        os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
+        settings.name_ptxas(ptxas)
 
 
 def _cpu() -> dict[str, Any]:
