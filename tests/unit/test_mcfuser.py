@@ -27,6 +27,7 @@ from stof_kernels.baselines.mcfuser_planner.expressions import Expression, all_e
 from stof_kernels.baselines.mcfuser_planner.program import build
 from stof_kernels.baselines.mcfuser_planner.pruning import Candidate, counts, space_of
 from stof_kernels.baselines.mcfuser_planner.search import Moves, SearchSettings, mutated, search
+from stof_kernels.baselines.mcfuser_planner.tuning import device_us
 
 A100 = known_peaks("NVIDIA A100-PCIE-40GB")
 H200 = known_peaks("NVIDIA H200")
@@ -287,9 +288,27 @@ def test_the_search_comes_within_ten_percent_by_measuring_few(batch, seq_len):
         found, measured, best = run_search(chain, seed)
         regrets.append(device_of(seed)(found.best) / best)
         assert found.ended == "converged"
-        assert len(measured) <= 0.15 * len({c.key for c in space_of(chain, H200)})
+        assert len(measured) <= 0.25 * len({c.key for c in space_of(chain, H200)})
         assert len({c.key for c in measured}) == len(measured)  # no kernel is measured twice
-    assert sorted(regrets)[2] <= 1.1
+    assert sorted(regrets)[3] <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("singles", "replays", "hopeless", "us", "asked"),
+    [
+        ([44.0], 5.0, math.inf, 5.0, [45]),  # what a launch takes on the host is not taken for the kernel's time
+        ([44.0], 5.0, 20.0, 5.0, [45]),  # nor does it make a kernel hopeless
+        ([900.0, 30.0], 6.0, 20.0, 6.0, [66]),  # one that was disturbed once
+        ([400.0, 390.0, 380.0, 385.0], 0.0, math.inf, 380.0, []),
+        ([400.0, 390.0], 0.0, 300.0, 390.0, []),
+        ([60_000.0], 0.0, math.inf, 60_000.0, []),
+        ([1.0], 1.0, math.inf, 1.0, [100]),
+    ],
+)
+def test_a_kernel_is_timed_by_the_device_and_not_by_its_launch(singles, replays, hopeless, us, asked):
+    left, calls = list(singles), []
+    found = device_us(lambda: left.pop(0), lambda n: calls.append(n) or replays, hopeless)
+    assert (found, calls, left) == (us, asked, [])
 
 
 def test_a_seed_repeats_a_search_and_another_differs():

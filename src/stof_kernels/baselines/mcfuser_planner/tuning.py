@@ -208,27 +208,45 @@ class Meter:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, hopeless: float = inf) -> float:
-    """Seconds of one call: wall time on the CPU, on CUDA events around replays of a graph of calls.
-
-    After the first, one call is all that a kernel slower than ``hopeless`` seconds, or than 50 ms, gets.
-    """
+    """Seconds of one call: wall time on the CPU, on CUDA of the device. One slower than ``hopeless`` is timed roughly."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
         return time.perf_counter() - began
-    run()
-    first = _between_events(run)
-    if first > _ENOUGH_US or first * 1e-6 > hopeless:
-        return 1e-6 * first
-    if first > _LONG_US:
-        return 1e-6 * min(first, *(_between_events(run) for _ in range(3)))
-    calls = max(4, min(100, int(_GRAPH_US / first)))
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+        return 1e-6 * device_us(lambda: _between_events(run), lambda calls: _replayed(run, calls), 1e6 * hopeless)
+
+
+def device_us(single: Callable[[], float], replayed: Callable[[int], float], hopeless: float = inf) -> float:
+    """Microseconds by ``single()``, one call between events, or by ``replayed(calls)``, the mean of calls without the host.
+
+    A call slower than 50 ms is timed once, one slower than ``hopeless`` twice. Below 0.3 ms ``single`` may be the host's time
+    of a launch, so that only replays tell, also of what is hopeless.
+    """
+    once = single()
+    if _LONG_US < once <= _ENOUGH_US:
+        once = min(once, single())
+    if once <= _LONG_US:
+        return replayed(max(4, min(100, int(_GRAPH_US / once))))
+    if once > min(_ENOUGH_US, hopeless):
+        return once
+    return min(once, single(), single())
+
+
+def _replayed(run: Callable[[], object], calls: int) -> float:
+    """By replays of a graph; torch.cuda.graph would first collect garbage, which takes longer than what is timed."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
         for _ in range(calls):
             run()
+    finally:
+        graph.capture_end()
     graph.replay()
-    return 1e-6 * min(_between_events(graph.replay) for _ in range(4)) / calls
+    return min(_between_events(graph.replay) for _ in range(4)) / calls
 
 
 def _between_events(run: Callable[[], object]) -> float:
