@@ -9,11 +9,12 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stof_kernels.baselines import get
-from stof_kernels.baselines.mcfuser_planner import model, pruning
+from stof_kernels.baselines.mcfuser_planner import model, pruning, tuning
 from stof_kernels.baselines.mcfuser_planner.chain import (
     INDICES,
     LOOPS,
@@ -27,7 +28,6 @@ from stof_kernels.baselines.mcfuser_planner.expressions import Expression, all_e
 from stof_kernels.baselines.mcfuser_planner.program import build
 from stof_kernels.baselines.mcfuser_planner.pruning import Candidate, counts, space_of
 from stof_kernels.baselines.mcfuser_planner.search import Moves, SearchSettings, mutated, search
-from stof_kernels.baselines.mcfuser_planner.tuning import device_us
 
 A100 = known_peaks("NVIDIA A100-PCIE-40GB")
 H200 = known_peaks("NVIDIA H200")
@@ -307,8 +307,26 @@ def test_the_search_comes_within_ten_percent_by_measuring_few(batch, seq_len):
 )
 def test_a_kernel_is_timed_by_the_device_and_not_by_its_launch(singles, replays, hopeless, us, asked):
     left, calls = list(singles), []
-    found = device_us(lambda: left.pop(0), lambda n: calls.append(n) or replays, hopeless)
+    found = tuning.device_us(lambda: left.pop(0), lambda n: calls.append(n) or replays, hopeless)
     assert (found, calls, left) == (us, asked, [])
+
+
+def test_a_kernel_that_breaks_the_device_is_named_and_ends_the_search(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "seconds_of", broken)
+    meter = tuning.Meter(None, [torch.empty(0, device="meta")], H200)
+    monkeypatch.setattr(tuning.Meter, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    kernel = tuning.Kernel(pruning.Candidate(NK, Tiles(64, 64, 64, 64), attention_chain(1, 12, 128, 128, 64)), None)
+    with pytest.raises(
+        RuntimeError, match="after mhnk 64x64x64x64, 4 warps, 3 stages the device is unusable .*illegal"
+    ):
+        meter._time(kernel, "")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert meter._time(kernel, "") == math.inf
+    assert meter.trials[-1].problem == "an illegal memory access was encountered"
 
 
 def test_a_seed_repeats_a_search_and_another_differs():

@@ -203,8 +203,17 @@ class Meter:
                 raise
             except Exception as error:  # Triton's exceptions have no common base with torch's
                 problem = _one_line(error)
+                self._still_usable(kernel, problem)
         self.trials.append(Trial(kernel, self.predict(kernel.candidate), measured, problem))
         return measured
+
+    def _still_usable(self, kernel: Kernel, problem: str) -> None:
+        """RuntimeError if the device takes no more work in this process, for which no later kernel is to blame."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise RuntimeError(f"mcfuser: after {kernel} the device is unusable in this process: {problem}") from error
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, hopeless: float = inf) -> float:
