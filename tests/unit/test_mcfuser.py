@@ -321,7 +321,7 @@ def test_a_kernel_that_breaks_the_device_is_named_and_ends_the_search(monkeypatc
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     kernel = tuning.Kernel(pruning.Candidate(NK, Tiles(64, 64, 64, 64), attention_chain(1, 12, 128, 128, 64)), None)
     with pytest.raises(
-        RuntimeError, match="after mhnk 64x64x64x64, 4 warps, 3 stages the device is unusable .*illegal"
+        RuntimeError, match=r"after mhnk 64x64x64x64, 4 warps, 3 stages the device is unusable .*illegal"
     ):
         meter._time(kernel, "")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

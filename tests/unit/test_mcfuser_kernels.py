@@ -293,6 +293,7 @@ def test_whole_models_with_its_attention(name, monkeypatch):
     assert relative_error(got, want) < 1e-5
     assert len(calls) == (6 if name == "t5" else 2)
     assert sum(mask is None for mask in calls) == (2 if name == "t5" else 0)  # cross attention is dense
+    assert {mask.stride(-1) for mask in calls if mask is not None} == {1}  # rows of keys are read in whole lines
     attention.forget()
 
 

@@ -94,6 +94,8 @@ def register(budget_s: float) -> None:
         mask = stof_transformers.select_mask(stof_mask, role)
         if position_bias is not None and role != "cross":
             mask = position_bias if mask is None else mask + position_bias
+            # transformers looks the bias up with its heads innermost; the original's front end lays a transpose out anew.
+            mask = mask.contiguous()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return mcfuser_attention(query, key, value, mask, scale, budget_s), None
 
