@@ -23,7 +23,7 @@ from .search import SearchSettings, search
 _WARPS, _STAGES = (4, 8), (4, 3, 2, 1)
 _DEFAULT_STAGES = 3
 _ENOUGH_US, _LONG_US, _GRAPH_US = 50_000.0, 300.0, 2000.0
-_GIVE_UP = 4.0  # a candidate that is this many times slower than the best gets no second run
+_GIVE_UP = 4.0  # a candidate that is this many times slower than the best is timed roughly
 # Half-precision FLOP per clock and multiprocessor, dense, float32 accumulation (vendor's architecture papers).
 _FLOP_PER_CLOCK = {(8, 0): 2048, (8, 6): 512, (8, 7): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
 
