@@ -17,6 +17,7 @@ from torch import nn
 
 from stof_kernels.baselines import Unsupported, native, registry
 from stof_kernels.baselines.bolt_compiler import operators as bolt_operators
+from stof_kernels.baselines.bolt_compiler import profiler as profiler_module
 from stof_kernels.baselines.bolt_compiler import templates
 from stof_kernels.baselines.bolt_compiler.patterns import rewrite
 from stof_kernels.baselines.bolt_compiler.problem import Gemm, Pair
@@ -193,6 +194,19 @@ def test_candidates_that_do_not_fit_or_fail_are_not_taken(operators):
     assert found.timed == 25
     with pytest.raises(RuntimeError, match=r"no template runs \(8, 8, 8\) linear: .*made up"):
         profiler(seconds=lambda n: seconds(0)).pick(Gemm(8, 8, 8))
+
+
+def test_a_template_that_breaks_the_device_is_named_and_ends_the_profile(operators, monkeypatch):
+    def seconds(n):
+        if n == 3:
+            raise RuntimeError("an illegal memory access was encountered\nand more")
+        return 1.0
+
+    monkeypatch.setattr(profiler_module, "device_is_usable", lambda device: False)
+    found = profiler(seconds=seconds)
+    with pytest.raises(RuntimeError, match=rf"after {TEMPLATES[3]} of .* unusable in this process: an illegal"):
+        found.pick(Gemm(16, 24, 8))
+    assert not found.picks
 
 
 def test_upstream_times_zeros_without_epilogue_and_batch(operators, monkeypatch):

@@ -17,7 +17,11 @@ from .sdpa import EXPERIMENTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SHARED = {"depends": ("baselines/mcfuser_planner",), "devices": ("cuda",), "reimplemented": True}
+_SHARED = {
+    "depends": ("baselines/mcfuser_planner", "baselines/cuda_timing.py"),
+    "devices": ("cuda",),
+    "reimplemented": True,
+}
 
 
 @method("mcfuser", label="MCFuser (reimpl.)", experiments=EXPERIMENTS, rank=62, **_SHARED)

@@ -197,19 +197,6 @@ def _released_memory(device: str) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def device_is_usable(device: str) -> bool:
-    """False once a CUDA error has left the process without its GPU: no later cell can be measured in it."""
-    if device == "cpu":
-        return True
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, as torch's allocators say it on the CPU and on CUDA."""
     text = str(error).lower()

@@ -14,11 +14,12 @@ from typing import Any
 
 from stof_kernels import kernels
 from stof_kernels.baselines import MethodSpec
+from stof_kernels.baselines.cuda_timing import device_is_usable
 from stof_kernels.baselines.models import KIND as MODEL
 from stof_kernels.provenance import code_digest
 
 from . import environment, experiments
-from .cell import Measured, device_is_usable
+from .cell import Measured
 from .experiments import Cell
 from .journal import Journal
 from .measurement import Measurement, write_rows

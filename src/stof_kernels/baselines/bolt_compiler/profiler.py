@@ -16,6 +16,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from ..cuda_timing import between_events, device_is_usable, recorded
 from .problem import Gemm, Pair
 from .templates import PERSISTENT, TEMPLATES, PersistentKernel, default_template, feasible
 
@@ -115,6 +116,11 @@ class Profiler:
                 raise
             except RuntimeError as error:
                 pick.problems[number] = str(error).splitlines()[0]
+                if not device_is_usable(self.device):
+                    raise RuntimeError(
+                        f"bolt: after {TEMPLATES[number]} of {gemm} the device is unusable in this process: "
+                        f"{pick.problems[number]}"
+                    ) from error
         if not any(map(isfinite, pick.seconds.values())):
             raise RuntimeError(f"bolt: no template runs {gemm}: {pick.problems[pick.candidate]}")
         pick.candidate = min(pick.seconds, key=pick.seconds.__getitem__)
@@ -167,32 +173,8 @@ def seconds_of(call: Callable[[], object]) -> float:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
-        once = max(_between(call, 1), 1e-7)
+        once = max(1e-6 * between_events(call), 1e-7)
         if once > _SHORT_S:
-            return _between(call, max(1, min(_LAUNCHES, int(_LONGEST_S / once))))
-        graph = _recorded(call)
-        return _between(graph.replay, _LAUNCHES // _IN_GRAPH) / _IN_GRAPH
-
-
-def _recorded(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Several launches as one graph, without torch.cuda.graph's collection of garbage, which would take longer than they do."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    try:
-        for _ in range(_IN_GRAPH):
-            call()
-    finally:
-        graph.capture_end()
-    graph.replay()
-    return graph
-
-
-def _between(call: Callable[[], object], times: int) -> float:
-    """Mean seconds of a call by events around ``times`` of them on the current stream."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(times):
-        call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / times
+            return 1e-6 * between_events(call, max(1, min(_LAUNCHES, int(_LONGEST_S / once))))
+        graph = recorded(call, _IN_GRAPH)
+        return 1e-6 * between_events(graph.replay, _LAUNCHES // _IN_GRAPH) / _IN_GRAPH

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stof_kernels.settings import max_build_jobs
 
+from ..cuda_timing import between_events, device_is_usable, recorded
 from .chain import Chain, Peaks, known_peaks
 from .codegen import Layout
 from .kernels import Kernel, Launch
@@ -203,17 +204,12 @@ class Meter:
                 raise
             except Exception as error:  # Triton's exceptions have no common base with torch's
                 problem = _one_line(error)
-                self._still_usable(kernel, problem)
+                if not device_is_usable(self.device):
+                    raise RuntimeError(
+                        f"mcfuser: after {kernel} the device is unusable in this process: {problem}"
+                    ) from error
         self.trials.append(Trial(kernel, self.predict(kernel.candidate), measured, problem))
         return measured
-
-    def _still_usable(self, kernel: Kernel, problem: str) -> None:
-        """RuntimeError if the device takes no more work in this process, for which no later kernel is to blame."""
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        except RuntimeError as error:
-            raise RuntimeError(f"mcfuser: after {kernel} the device is unusable in this process: {problem}") from error
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, hopeless: float = inf) -> float:
@@ -226,7 +222,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, hopeless: float 
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()
-        return 1e-6 * device_us(lambda: _between_events(run), lambda calls: _replayed(run, calls), 1e6 * hopeless)
+        return 1e-6 * device_us(lambda: between_events(run), lambda calls: _replayed(run, calls), 1e6 * hopeless)
 
 
 def device_us(single: Callable[[], float], replayed: Callable[[int], float], hopeless: float = inf) -> float:
@@ -246,25 +242,8 @@ def device_us(single: Callable[[], float], replayed: Callable[[int], float], hop
 
 
 def _replayed(run: Callable[[], object], calls: int) -> float:
-    """By replays of a graph; torch.cuda.graph would first collect garbage, which takes longer than what is timed."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    try:
-        for _ in range(calls):
-            run()
-    finally:
-        graph.capture_end()
-    graph.replay()
-    return min(_between_events(graph.replay) for _ in range(4)) / calls
-
-
-def _between_events(run: Callable[[], object]) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) * 1e3
+    graph = recorded(run, calls)
+    return min(between_events(graph.replay) for _ in range(4)) / calls
 
 
 def _one_line(error: Exception) -> str:

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from ..bolt_compiler.patterns import Report
     from ..bolt_compiler.profiler import Data, Profiler
 
-_DEPENDS = ("baselines/bolt_compiler", "fusion/capture.py", "fusion/inputs.py", *native.sources("bolt"))
+_DEPENDS = (
+    "baselines/bolt_compiler",
+    "baselines/cuda_timing.py",
+    "integrations/layout.py",
+    "fusion/capture.py",
+    "fusion/inputs.py",
+    *native.sources("bolt"),
+)
 
 
 @model_method(
@@ -86,11 +93,13 @@ def compiled(
     import torch
 
     from stof_kernels.fusion.capture import CaptureError, capture
+    from stof_kernels.integrations.layout import keep_bias_in_rows
     from stof_kernels.integrations.variants import NATIVE
 
     from ..bolt_compiler.patterns import rewrite
 
     model, given = subject.model(NATIVE), subject.inputs(NATIVE)
+    keep_bias_in_rows(model)
     try:
         captured = capture(model, (), given)
     except CaptureError as reason:

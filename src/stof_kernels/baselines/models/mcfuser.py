@@ -22,7 +22,7 @@ NAME = "stof_mcfuser"
 @model_method(
     "mcfuser",
     experiments=("end_to_end", "tuning_cost"),
-    depends=("baselines/mcfuser_planner",),
+    depends=("baselines/mcfuser_planner", "baselines/cuda_timing.py"),
     devices=("cuda",),
     tuned=True,
     reimplemented=True,
