@@ -1,7 +1,7 @@
 """T5's position bias in rows of keys, for compilers that read it where it lies.
 
-transformers looks it up as (queries, keys, heads) and hands out a transposed view, of which every attention of every layer reads
-one element in twelve of each line. A compiler that lays a transpose out anew, as TVM does, never sees that.
+transformers looks it up as (queries, keys, heads) and hands out a transposed view, of which every layer's attention reads
+one element in twelve of a line. A compiler that lays a transpose out anew, as TVM does, never sees that.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _(x: Tensor) -> Tensor:
 def keep_bias_in_rows(model: nn.Module) -> None:
     """From now on the model's tables of relative positions give the same values with the heads outermost in memory.
 
-    A model without such a table (all but T5) is left alone; calling it again does no harm. It stays, since a model compiled with
-    it would be compiled again without it.
+    A model without such a table (all but T5) is left alone; calling it again does no harm. It stays: a model compiled
+    with it would be compiled again without it.
     """
     for name, table in model.named_modules():
         if name.rpartition(".")[2] == _TABLE and _heads_outermost not in table._forward_hooks.values():
