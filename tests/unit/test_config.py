@@ -198,11 +198,17 @@ def test_page_says_date_stale_methods_and_why_there_are_no_rows(tmp_path: Path) 
     ]
     facts = page_facts("a100", "recorded", ("mha",), tables)
     assert facts == {
-        "date": "2026-01-03",
+        "date": "2026-01-02 to 2026-01-03",
         "hardware": "AMD EPYC, 2 threads",
         "stale": ("torch_native",),
         "missing_reason": "",
     }
+    assert page_facts("a100", "recorded", ("mha",), tables[:1])["date"] == "2026-01-02"
+    assert page_facts("a100", "recorded", ("mha",), tables[2:])["date"] == "2025-08-31"
+    several = {"runs": ["its id alone"], "date": "2026-01-05"}, {"runs": [{"date": "2026-01-04"}], "date": "2026-01-05"}
+    for origin, days in zip(several, ("2026-01-05", "2026-01-04 to 2026-01-05"), strict=True):
+        about = json.dumps(json.loads(measured("", (), "0" * 12)) | origin)
+        assert page_facts("a100", "recorded", ("mha",), [record(tmp_path, "sdpa", about)])["date"] == days
     absent = page_facts("h200", "recorded", ("mha",), tables)
     assert absent["missing_reason"].startswith("no rows of mha are recorded for h200")
     assert "config.yaml" in page_facts("h200", "measured", ("end_to_end",), tables)["missing_reason"]

@@ -207,7 +207,7 @@ def test_every_kind_of_gap_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "‡ measured with an older version of the code: SDPA." in text
     assert "Crossed bars (not exact)" in text
     assert {"w", "e", "n", "b", "exact", "not exact", "SDPA ‡"} <= set(words)
-    assert "Source: measured here on 2026-01-31." in text
+    assert "Source: measured here, 2026-01-31." in text
     assert len(lines) == 6 * len(MASKS) * len(SIZES)
     by_cell = {(x["mask"], x["batch"], x["seq_len"], x["method"]): x for x in lines}
     wrong = by_cell["causal", "1", "128", "torch_compile"]

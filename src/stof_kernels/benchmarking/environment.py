@@ -41,6 +41,9 @@ def one_assembler() -> None:
     Its version is part of Triton's key of a compiled kernel. A process that asks Triton for it before the path is set keeps
     that of Triton's ptxas, so under torch 2.11 it finds nothing of what the workers compiled: max-autotune compiles each
     candidate again, one after the other, while the device falls idle (on an H200 105 s instead of 29, and a slower pick).
+
+    It is also the sounder one there: Triton 3.6's ptxas, 12.8.93, makes some kernels of two wgmma products without a loop add
+    the second one's descriptor to a uniform register that nothing has written, which reads shared memory out of bounds.
     """
     import torch
 

@@ -14,16 +14,24 @@ def page_facts(gpu: str, source: str, experiments: Sequence[str], tables: Iterab
     """``date``, ``hardware``, ``stale`` and ``missing_reason`` of a GPU's page.
 
     ``tables``: files ``.../{gpu}/{experiment}/{method}.csv`` behind the figure, of any GPU, their provenance beside them. The
-    date is the newest of this GPU's; stale are its methods whose code has changed since their rows were measured.
+    date is the day, or the first and last day, of this GPU's runs; stale are its methods whose code has changed since then.
     """
     own = [path for path in tables if path.parts[-3] == gpu]
     origins = [read_provenance(path) for path in own]
     return {
-        "date": max((origin.get("date", "") for origin in origins), default=""),
+        "date": _days(origins),
         "hardware": next(filter(None, map(_hardware, origins)), ""),
         "stale": tuple(path.stem for path in own if staleness(path)),
         "missing_reason": "" if own else _why_missing(gpu, source, experiments),
     }
+
+
+def _days(origins: Sequence[dict[str, Any]]) -> str:
+    """The day of all runs, or the first and the last; only of measured tables, which list theirs, where there are any."""
+    measured = [origin for origin in origins if origin.get("kind") != "published"]
+    runs = [run for origin in measured or origins for run in (origin, *origin.get("runs", ())) if isinstance(run, dict)]
+    days = sorted({run["date"] for run in runs if run.get("date")})
+    return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
 
 
 def _hardware(origin: dict[str, Any]) -> str:

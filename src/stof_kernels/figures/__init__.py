@@ -16,8 +16,8 @@ class GpuPage:
     """One GPU's page of a figure.
 
     ``name``: as in the rows' gpu column; ``label``: as people write it; ``source``: recorded or measured; ``date``: of the
-    measurement, empty if unknown; ``missing_reason``: why there may be no rows; ``stale``: methods whose rows older code made;
-    ``hardware``: what the label does not tell, such as the processor.
+    measurement, its first and last day if it took several, empty if unknown; ``missing_reason``: why there may be no rows;
+    ``stale``: methods whose rows older code made; ``hardware``: what the label does not tell, such as the processor.
     """
 
     name: str

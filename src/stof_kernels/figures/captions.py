@@ -44,7 +44,7 @@ def source(page: GpuPage, rows: Iterable[Measurement]) -> str:
         dated = f", log{when}" if when and rows[0].experiment == "mha" else ""
         return f"Source: numbers published by the paper's authors{dated} ({PAPER}; {ARTIFACT}), drawn as printed."
     if page.source == "measured":
-        return f"Source: measured here{f' on {page.date}' if page.date else ''}."
+        return f"Source: measured here{f', {page.date}' if page.date else ''}."
     return f"Source: recorded measurement{when} (results/recorded/{page.name})."
 
 
