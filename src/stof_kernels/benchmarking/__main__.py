@@ -1,4 +1,4 @@
-"""Command line: ``python -m stof_kernels.benchmarking record | stale | duel``."""
+"""Command line: ``python -m stof_kernels.benchmarking record | stale | measure | merge | duel``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     for command in (record, stale):
         command.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
 
+    measure = commands.add_parser("measure", help="measure cells one by one, each into a part of its own")
+    for name in ("gpu", "experiment", "method"):
+        measure.add_argument(f"--{name}", required=True)
+    measure.add_argument("--parts", type=Path, required=True, help="the folder of the parts; those there are kept")
+    measure.add_argument("cells", nargs="*", help="keys such as causal:1x2048 or bert_base:8x512 (default: all)")
+    measure.set_defaults(command=_measure)
+
+    merge = commands.add_parser("merge", help="put measured parts together as measured tables")
+    merge.add_argument("parts", type=Path, help="the folder of the parts")
+    merge.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
+    merge.set_defaults(command=_merge)
+    for command in (measure, merge):
+        command.add_argument("--config", type=Path, default=Path("config.yaml"), help="where experiments are described")
+
     fight = commands.add_parser("duel", help="time two methods in turn in one process")
     fight.add_argument("cells", help="comma list such as causal:1x2048,mha_long:causal:1x8192:32/8x128")
     fight.add_argument("methods", nargs="*", default=["stof", "sdpa"], help="two method ids (default: stof sdpa)")
@@ -73,6 +87,26 @@ def _stale(options: argparse.Namespace) -> int:
     return 1 if found and options.strict else 0
 
 
+def _measure(options: argparse.Namespace) -> int:
+    from . import parts
+    from .targets import require_present
+
+    described = _config(options.config)
+    require_present(options.gpu, described["gpus"])
+    device = described["gpus"][options.gpu]["device"]
+    settings = config.job_settings(described, options.experiment, device, options.method)
+    parts.measure(options.gpu, options.experiment, options.method, settings, device, options.parts, options.cells)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from . import parts
+
+    for path in parts.merge(options.parts, _config(options.config), options.results):
+        print(f"merged {path}")
+    return 0
+
+
 def _duel(options: argparse.Namespace) -> int:
     import torch
 
@@ -94,6 +128,17 @@ def _duel(options: argparse.Namespace) -> int:
         outcome = duel(cell.problem, first, second, budget)
         print(f"{cell.key} {device} {cell.problem.dtype}: {first} against {second}: {outcome}", flush=True)
     return 0
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config as the workflow takes it; ValueError if there is none."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file, allowed: the config that describes the experiments")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config.normalize(found)
+    return found
 
 
 def _fields(path: Path, device: str) -> dict[str, dict[str, Any]]:

@@ -86,6 +86,7 @@ def run_job(
     journal: Path,
     device: str,
     shared: Path | None = None,
+    only: str = "",
 ) -> None:
     """Measure and write ``csv`` and ``provenance``, both whole, once every cell has its rows.
 
@@ -93,10 +94,11 @@ def run_job(
     for that device (masks, sizes, heads, head_dim, dtype, seed, timing). A cell that runs out of memory, fails or is not
     supported becomes a row with that status. Finished cells are kept in ``journal`` and not measured again when a killed job
     is run again. ``shared`` is the finished table of the experiment whose runs this one shares: its cells are taken, not
-    measured again, and the provenance says which. ValueError for an unknown experiment or method and for settings that
-    cannot be read.
+    measured again, and the provenance says which. ``only``: the key of the one cell to measure, of which the provenance then
+    speaks (`parts`). ValueError for an unknown experiment or method and for settings that cannot be read.
     """
     spec, cells = _resolve(experiment, method, settings, device)
+    cells = [cell for cell in cells if only in ("", cell.key)]
     job = Measured(gpu, experiment, spec, Budget.from_settings(settings.get("timing", {})))
     why_not = experiments.get(experiment).why_not(spec, device)
     taken = take(shared, job, cells) if shared and not why_not else Taken()
@@ -117,10 +119,15 @@ def run_job(
         about = book.about | {"resumed": book.resumed}
         facts |= {"shared": taken.facts} if taken.rows else {}
         rows = _measure_all(cells, job, book, taken)
-    write_json(Path(provenance), about | facts)
+    write_json(Path(provenance), about | facts | ({"cells": [only]} if only else {}))
     write_rows(csv, rows)
     if book is not None:
         book.close()
+
+
+def cells_of(experiment: str, method: str, settings: dict[str, Any], device: str) -> list[Cell]:
+    """The cells of a job in their order; JobError, or SettingsError, where ``run_job`` would raise it."""
+    return _resolve(experiment, method, settings, device)[1]
 
 
 def _resolve(experiment: str, method: str, settings: dict[str, Any], device: str) -> tuple[MethodSpec, list[Cell]]:
@@ -269,6 +276,12 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
         "machine": machine,
         "code": facts["code"]["digest"],
     }
+
+
+def same_run(facts: dict[str, Any], other: dict[str, Any]) -> str:
+    """The first thing that numbers depend on in which two provenances differ; empty if they could be of one job."""
+    one, two = _identity(facts), _identity(other)
+    return next((name for name in one if one[name] != two[name]), "")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

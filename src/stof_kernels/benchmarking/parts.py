@@ -1,0 +1,123 @@
+"""A table measured in parts of one cell each: for a device that is lent for minutes, or processes that take turns on one.
+
+A part is what a job of that cell writes, a table and its provenance, so that nothing is lost when a later one is cut. `merge`
+makes one table of them, with or without a device, and lists under ``runs`` in its provenance which cells came from which run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stof_kernels.baselines.cuda_timing import device_is_usable
+
+from . import environment
+from .config import job_settings
+from .measurement import Measurement, read_rows, write_rows
+from .records import provenance_of, read_provenance, staleness
+from .runner import cells_of, run_job, same_run, write_json
+
+
+class PartError(ValueError):
+    """Parts that cannot be measured or put together. The message is one line: which, what is wrong, what is allowed."""
+
+
+def measure(
+    gpu: str,
+    experiment: str,
+    method: str,
+    settings: dict[str, Any],
+    device: str,
+    folder: Path,
+    keys: Sequence[str] = (),
+) -> list[Path]:
+    """Measure the cells ``keys`` (all if none is named), each into a part of its own in ``folder``; returns the parts.
+
+    Parts of today's code that are there already are kept, whatever their status. PartError for a key that is no cell, and where
+    a cell has left the device unusable in this process; the errors of ``run_job``.
+    """
+    known = [cell.key for cell in cells_of(experiment, method, settings, device)]
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        raise PartError(f"{experiment} has no cell {unknown[0]!r}, allowed: {', '.join(known)}")
+    made: list[Path] = []
+    for key in keys or known:
+        csv = folder / re.sub(r"[^\w.-]", "_", key) / experiment / f"{method}.csv"
+        if csv.is_file() and read_provenance(csv).get("cells") == [key] and staleness(csv) is None:
+            print(f"{experiment} {gpu} {method} {key}: measured before, kept", flush=True)
+        elif made and not device_is_usable(device):
+            raise PartError(f"{key}: {made[-1]} left the device unusable, allowed: the rest in another process")
+        else:
+            run_job(
+                gpu, experiment, method, settings, csv, provenance_of(csv), csv.with_suffix(".jsonl"), device, only=key
+            )
+        made.append(csv)
+    return made
+
+
+def merge(folder: Path, config: Mapping[str, Any], results: Path) -> list[Path]:
+    """Put all parts under ``folder`` together; returns the tables, ``results/measured/{gpu}/{experiment}/{method}.csv``.
+
+    ``config`` says all of a table's cells and their order; those without a part are named in the provenance. PartError for two
+    parts of one cell, a part of other code than today's, and parts that do not belong together: of another machine, other
+    versions or other settings. Nothing is written then.
+    """
+    groups: dict[tuple[str, str, str], list[Path]] = {}
+    for csv in sorted(folder.rglob("*.csv")):
+        origin = read_provenance(csv)
+        if len(origin.get("cells", ())) != 1:
+            raise PartError(f"{csv}: its provenance names no cell, allowed: parts, as measure writes them")
+        groups.setdefault((origin["gpu"], origin["experiment"], origin["method"]), []).append(csv)
+    if not groups:
+        raise PartError(f"{folder}: holds no parts, allowed: a folder that measure wrote")
+    whole = {results / "measured" / g / e / f"{m}.csv": _whole(parts, config) for (g, e, m), parts in groups.items()}
+    for csv, (rows, facts) in whole.items():
+        write_json(provenance_of(csv), facts)
+        write_rows(csv, rows)
+    return list(whole)
+
+
+def _whole(parts: Sequence[Path], config: Mapping[str, Any]) -> tuple[list[Measurement], dict[str, Any]]:
+    """Rows in the order of the config's cells, and the provenance of all."""
+    origins = {csv: read_provenance(csv) for csv in parts}
+    first = origins[parts[0]]
+    experiment, method, device = first["experiment"], first["method"], first["machine"]["device"]
+    if experiment not in config["experiments"]:
+        raise PartError(f"{parts[0]}: the config has no section for {experiment}, allowed: one of its experiments")
+    settings = job_settings(config, experiment, device, method)
+    keys = [cell.key for cell in cells_of(experiment, method, settings, device)]
+    found: dict[str, Path] = {}
+    for csv, origin in origins.items():
+        (key,) = origin["cells"]
+        if key in found:
+            raise PartError(f"{csv}: {key} is in {found[key]} too, allowed: one part of a cell")
+        if key not in keys:
+            raise PartError(f"{csv}: {key} is no cell of the config, allowed: {', '.join(keys)}")
+        if staleness(csv) is not None:
+            raise PartError(f"{csv}: {key} was measured with other code than today's, allowed: parts of today's code")
+        differing = same_run(first | {"settings": settings}, origin)
+        if differing:
+            raise PartError(f"{csv}: another {differing} than in {parts[0]} or the config, allowed: one for a table")
+        found[key] = csv
+    facts = _provenance({key: origins[found[key]] for key in keys if key in found}) | {"settings": settings}
+    missing = [key for key in keys if key not in found]
+    if missing:
+        facts["left_out"] = f"not measured: {', '.join(missing)}"
+    return [row for key in keys if key in found for row in read_rows(found[key])], facts
+
+
+def _provenance(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """That of the newest part, and the runs of all; what a copy without git measured is of today's commit, whose code it is."""
+    newest = max(origins.values(), key=lambda origin: origin["date"])
+    runs: dict[str, dict[str, Any]] = {}
+    for key, origin in origins.items():
+        about = {name: origin[name] for name in ("date", "commit", "protocol")}
+        about["commit"] = about["commit"] or environment.git_commit()
+        run = runs.setdefault(json.dumps(about), {"run_ids": [], **about, "cells": []})
+        run["run_ids"] = sorted({*run["run_ids"], origin["run_id"]})
+        run["cells"].append(key)
+    facts = {name: value for name, value in newest.items() if name != "cells"}
+    return facts | {"commit": facts["commit"] or environment.git_commit(), "runs": list(runs.values())}
