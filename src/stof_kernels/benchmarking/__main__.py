@@ -93,7 +93,7 @@ def _measure(options: argparse.Namespace) -> int:
 
     described = _config(options.config)
     require_present(options.gpu, described["gpus"])
-    device = described["gpus"][options.gpu]["device"]
+    device = described["gpus"].get(options.gpu, {"device": "cuda"})["device"]
     settings = config.job_settings(described, options.experiment, device, options.method)
     parts.measure(options.gpu, options.experiment, options.method, settings, device, options.parts, options.cells)
     return 0
