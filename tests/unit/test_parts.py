@@ -162,6 +162,8 @@ def test_the_commands(tmp_path, capsys):
     assert f"merged {tmp_path}/measured/cpu/mha/sdpa.csv" in capsys.readouterr().out
     assert main([*job, "causal"]) == 2
     assert capsys.readouterr().err.startswith("measure: mha has no cell 'causal', allowed: causal:1x64")
+    assert main([*job, "--experiment=planner"]) == 2
+    assert f"experiment 'planner' has no section in {config}, allowed: mha\n" in capsys.readouterr().err
     assert main(["merge", *named, str(tmp_path / "nothing")]) == 2
     assert "holds no parts" in capsys.readouterr().err
     assert main(["merge", "--config", str(tmp_path / "none.yaml"), str(tmp_path)]) == 2

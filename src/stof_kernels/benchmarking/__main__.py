@@ -92,6 +92,9 @@ def _measure(options: argparse.Namespace) -> int:
     from .targets import require_present
 
     described = _config(options.config)
+    if options.experiment not in described["experiments"]:
+        allowed = ", ".join(described["experiments"])
+        raise ValueError(f"experiment {options.experiment!r} has no section in {options.config}, allowed: {allowed}")
     require_present(options.gpu, described["gpus"])
     device = described["gpus"].get(options.gpu, {"device": "cuda"})["device"]
     settings = config.job_settings(described, options.experiment, device, options.method)
