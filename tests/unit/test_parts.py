@@ -128,11 +128,40 @@ def test_runs_are_told_apart_and_what_is_missing_is_said(folder, tmp_path):
     assert facts["left_out"] == "not measured: causal:2x48"
 
 
+def test_cells_without_a_part_keep_their_recorded_rows(folder, tmp_path):
+    merge(folder, CONFIG, tmp_path)
+    (recorded,) = records.record(tmp_path, "cpu")
+    before = read_rows(recorded)
+    about = origin(recorded)
+    about["runs"][0] |= {"date": "2026-01-01", "commit": "abc", "code": {"digest": "of then"}}
+    records.provenance_of(recorded).write_text(json.dumps(about | {"date": "2026-01-01", "commit": "abc"}))
+    for key in ("causal_1x64", "longformer_1x64", "longformer_2x48"):
+        shutil.rmtree(folder / key)
+    again = read_rows(folder / "causal_2x48" / "mha" / "sdpa.csv")
+    (csv,) = merge(folder, CONFIG, tmp_path, keep=True)
+    rows, facts = read_rows(csv), origin(csv)
+    assert len(rows) == len(before)
+    assert [row for row in rows if (row.mask, row.batch) == ("causal", 2)] == again
+    assert [row for row in rows if (row.mask, row.batch) != ("causal", 2)] == [
+        row for row in before if (row.mask, row.batch) != ("causal", 2)
+    ]
+    kept, new = facts["runs"]
+    assert kept["cells"] == ["causal:1x64", "longformer:1x64", "longformer:2x48"]
+    assert (kept["date"], kept["commit"], kept["code"]) == ("2026-01-01", "abc", {"digest": "of then"})
+    assert len(kept["run_ids"]) == 4
+    assert (new["cells"], new["date"]) == (["causal:2x48"], facts["date"])
+    assert "left_out" not in facts
+    about["code"]["parts"]["masks"] = "0" * 12
+    records.provenance_of(recorded).write_text(json.dumps(about))
+    with pytest.raises(PartError, match=r"recorded/cpu/mha/sdpa\.csv: measured with other code than today's"):
+        merge(folder, CONFIG, tmp_path, keep=True)
+
+
 DAMAGE = {
     "another machine than in": lambda about: about["machine"].update(name="another"),
     "another versions than in": lambda about: about["versions"].update(torch="1.0"),
     "another settings than in": lambda about: about["settings"].update(heads=3),
-    "causal:2x48 was measured with other code than today's": lambda about: about["code"].update(digest="0" * 12),
+    "measured with other code than today's": lambda about: about["code"].update(digest="0" * 12),
     "causal:1x64 is in ": lambda about: about.update(cells=["causal:1x64"]),
     "causal:7x7 is no cell of the config, allowed: causal:1x64": lambda about: about.update(cells=["causal:7x7"]),
     "its provenance names no cell": lambda about: about.pop("cells"),

@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="put measured parts together as measured tables")
     merge.add_argument("parts", type=Path, help="the folder of the parts")
+    merge.add_argument(
+        "--keep", action="store_true", help="cells without a part keep their recorded rows, of today's code"
+    )
     merge.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
     merge.set_defaults(command=_merge)
     for command in (measure, merge):
@@ -105,7 +108,7 @@ def _measure(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from . import parts
 
-    for path in parts.merge(options.parts, _config(options.config), options.results):
+    for path in parts.merge(options.parts, _config(options.config), options.results, options.keep):
         print(f"merged {path}")
     return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stof_kernels.baselines.cuda_timing import device_is_usable
 
 from . import environment
 from .config import job_settings
+from .experiments import Cell
 from .measurement import Measurement, read_rows, write_rows
 from .records import provenance_of, read_provenance, staleness
 from .runner import cells_of, run_job, same_run, write_json
@@ -58,12 +60,13 @@ def measure(
     return made
 
 
-def merge(folder: Path, config: Mapping[str, Any], results: Path) -> list[Path]:
+def merge(folder: Path, config: Mapping[str, Any], results: Path, keep: bool = False) -> list[Path]:
     """Put all parts under ``folder`` together; returns the tables, ``results/measured/{gpu}/{experiment}/{method}.csv``.
 
-    ``config`` says all of a table's cells and their order; those without a part are named in the provenance. PartError for two
-    parts of one cell, a part of other code than today's, and parts that do not belong together: of another machine, other
-    versions or other settings. Nothing is written then.
+    ``config`` says all of a table's cells and their order. Those without a part keep their rows in ``results/recorded`` with
+    ``keep``; else, or where there are none, the provenance names them. PartError for two parts of one cell, for rows of other
+    code than today's, and for what does not belong together: another machine, other versions or other settings. Nothing is
+    written then.
     """
     groups: dict[tuple[str, str, str], list[Path]] = {}
     for csv in sorted(folder.rglob("*.csv")):
@@ -73,51 +76,92 @@ def merge(folder: Path, config: Mapping[str, Any], results: Path) -> list[Path]:
         groups.setdefault((origin["gpu"], origin["experiment"], origin["method"]), []).append(csv)
     if not groups:
         raise PartError(f"{folder}: holds no parts, allowed: a folder that measure wrote")
-    whole = {results / "measured" / g / e / f"{m}.csv": _whole(parts, config) for (g, e, m), parts in groups.items()}
+    whole = {}
+    for (gpu, experiment, method), parts in groups.items():
+        place = Path(gpu, experiment, f"{method}.csv")
+        kept = results / "recorded" / place
+        whole[results / "measured" / place] = _whole(parts, config, kept if keep and kept.is_file() else None)
     for csv, (rows, facts) in whole.items():
         write_json(provenance_of(csv), facts)
         write_rows(csv, rows)
     return list(whole)
 
 
-def _whole(parts: Sequence[Path], config: Mapping[str, Any]) -> tuple[list[Measurement], dict[str, Any]]:
+@dataclass(frozen=True)
+class _Part:
+    """One cell's rows, the table that they are from, its provenance, and what that says of the cell's run."""
+
+    csv: Path
+    rows: list[Measurement]
+    origin: dict[str, Any]
+    run: dict[str, Any]
+
+
+def _whole(
+    parts: Sequence[Path], config: Mapping[str, Any], recorded: Path | None
+) -> tuple[list[Measurement], dict[str, Any]]:
     """Rows in the order of the config's cells, and the provenance of all."""
-    origins = {csv: read_provenance(csv) for csv in parts}
-    first = origins[parts[0]]
+    first = read_provenance(parts[0])
     experiment, method, device = first["experiment"], first["method"], first["machine"]["device"]
     if experiment not in config["experiments"]:
         raise PartError(f"{parts[0]}: the config has no section for {experiment}, allowed: one of its experiments")
     settings = job_settings(config, experiment, device, method)
-    keys = [cell.key for cell in cells_of(experiment, method, settings, device)]
-    found: dict[str, Path] = {}
-    for csv, origin in origins.items():
+    cells = cells_of(experiment, method, settings, device)
+    keys = [cell.key for cell in cells]
+    found: dict[str, _Part] = {}
+    for csv in parts:
+        origin = read_provenance(csv)
         (key,) = origin["cells"]
         if key in found:
-            raise PartError(f"{csv}: {key} is in {found[key]} too, allowed: one part of a cell")
+            raise PartError(f"{csv}: {key} is in {found[key].csv} too, allowed: one part of a cell")
         if key not in keys:
             raise PartError(f"{csv}: {key} is no cell of the config, allowed: {', '.join(keys)}")
-        if staleness(csv) is not None:
-            raise PartError(f"{csv}: {key} was measured with other code than today's, allowed: parts of today's code")
-        differing = same_run(first | {"settings": settings}, origin)
+        found[key] = _Part(csv, read_rows(csv), origin, _run_of(origin) | {"run_ids": [origin["run_id"]]})
+    if recorded is not None:
+        found = _recorded(recorded, cells) | found
+    for part in {part.csv: part for part in found.values()}.values():
+        if staleness(part.csv) is not None:
+            raise PartError(f"{part.csv}: measured with other code than today's, allowed: rows of today's code")
+        differing = same_run(first | {"settings": settings}, part.origin)
         if differing:
-            raise PartError(f"{csv}: another {differing} than in {parts[0]} or the config, allowed: one for a table")
-        found[key] = csv
-    facts = _provenance({key: origins[found[key]] for key in keys if key in found}) | {"settings": settings}
+            raise PartError(
+                f"{part.csv}: another {differing} than in {parts[0]} or the config, allowed: one for a table"
+            )
+    facts = _provenance({key: found[key] for key in keys if key in found}) | {"settings": settings}
     missing = [key for key in keys if key not in found]
     if missing:
         facts["left_out"] = f"not measured: {', '.join(missing)}"
-    return [row for key in keys if key in found for row in read_rows(found[key])], facts
+    return [row for key in keys if key in found for row in found[key].rows], facts
 
 
-def _provenance(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """That of the newest part, and the runs of all; what a copy without git measured is of today's commit, whose code it is."""
-    newest = max(origins.values(), key=lambda origin: origin["date"])
+def _recorded(csv: Path, cells: Sequence[Cell]) -> dict[str, _Part]:
+    """A recorded table by its cells."""
+    origin, rows = read_provenance(csv), read_rows(csv)
+    found = {}
+    for cell in cells:
+        columns = cell.problem.columns()
+        own = [row for row in rows if all(getattr(row, name) == value for name, value in columns.items())]
+        if own:
+            runs = [run for run in origin.get("runs", ()) if isinstance(run, dict) and cell.key in run["cells"]]
+            run = runs[0] if runs else _run_of(origin) | {"run_ids": [origin["run_id"]]}
+            found[cell.key] = _Part(csv, own, origin, {name: run[name] for name in run if name != "cells"})
+    return found
+
+
+def _run_of(origin: dict[str, Any]) -> dict[str, Any]:
+    """What a table lists of one of its runs. What a copy without git measured is of today's commit, whose code it is."""
+    about = {name: origin[name] for name in ("date", "commit", "protocol")}
+    return about | {"commit": about["commit"] or environment.git_commit()}
+
+
+def _provenance(parts: dict[str, _Part]) -> dict[str, Any]:
+    """That of the newest part, and the runs of all."""
+    newest = max(parts.values(), key=lambda part: part.run["date"])
     runs: dict[str, dict[str, Any]] = {}
-    for key, origin in origins.items():
-        about = {name: origin[name] for name in ("date", "commit", "protocol")}
-        about["commit"] = about["commit"] or environment.git_commit()
-        run = runs.setdefault(json.dumps(about), {"run_ids": [], **about, "cells": []})
-        run["run_ids"] = sorted({*run["run_ids"], origin["run_id"]})
+    for key, part in parts.items():
+        about = {name: value for name, value in part.run.items() if name != "run_ids"}
+        run = runs.setdefault(json.dumps(about, sort_keys=True), {"run_ids": [], **about, "cells": []})
+        run["run_ids"] = sorted({*run["run_ids"], *part.run["run_ids"]})
         run["cells"].append(key)
-    facts = {name: value for name, value in newest.items() if name != "cells"}
-    return facts | {"commit": facts["commit"] or environment.git_commit(), "runs": list(runs.values())}
+    facts = {name: value for name, value in newest.origin.items() if name not in ("cells", "left_out")}
+    return facts | {"commit": newest.run["commit"], "runs": list(runs.values())}
