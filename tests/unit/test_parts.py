@@ -39,8 +39,8 @@ CONFIG = {
 }
 
 
-def measured(folder, keys=(), method="sdpa", **changes):
-    settings = job_settings(CONFIG, "mha", "cpu", method) | changes
+def measured(folder, keys=(), method="sdpa"):
+    settings = job_settings(CONFIG, "mha", "cpu", method)
     return measure("cpu", "mha", method, settings, "cpu", folder, keys)
 
 
@@ -155,6 +155,31 @@ def test_cells_without_a_part_keep_their_recorded_rows(folder, tmp_path):
     records.provenance_of(recorded).write_text(json.dumps(about))
     with pytest.raises(PartError, match=r"recorded/cpu/mha/sdpa\.csv: measured with other code than today's"):
         merge(folder, CONFIG, tmp_path, keep=True)
+
+
+def test_what_a_recorded_table_says_of_its_rows_is_not_lost_and_not_made_up(folder, tmp_path):
+    merge(folder, CONFIG, tmp_path)
+    (recorded,) = records.record(tmp_path, "cpu")
+    shutil.rmtree(folder / "causal_1x64")
+    about = origin(recorded) | {"commit": None, "date": "2026-01-01", "left_out": "peak_memory"}
+
+    def merged(**changes):
+        records.provenance_of(recorded).write_text(json.dumps(about | changes))
+        (csv,) = merge(folder, CONFIG, tmp_path, keep=True)
+        return origin(csv)
+
+    one_job = {name: value for name, value in about.items() if name != "runs"}
+    records.provenance_of(recorded).write_text(json.dumps(one_job))
+    facts = origin(merge(folder, CONFIG, tmp_path, keep=True)[0])
+    assert facts["runs"][0]["cells"] == ["causal:1x64"]
+    assert facts["runs"][0]["commit"] is None  # not today's
+    assert facts["runs"][0]["left_out"] == "peak_memory"
+    assert "left_out" not in facts
+    with pytest.raises(
+        PartError, match=r"sdpa\.csv: does not say which run causal:1x64 is of, allowed: tables that do"
+    ):
+        merged(runs=["its id alone"])
+    assert merged(runs=[about["runs"][0] | {"left_out": "of then"}])["runs"][0]["left_out"] == "of then"
 
 
 DAMAGE = {

@@ -137,24 +137,19 @@ def _duel(options: argparse.Namespace) -> int:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The config as the workflow takes it; ValueError if there is none."""
+    """The config as the workflow takes it, without sections where it has none; ValueError if there is no such file."""
     import yaml
 
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file, allowed: the config that describes the experiments")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = {"seed": 0, "gpus": {}, "experiments": {}} | (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     config.normalize(found)
     return found
 
 
 def _fields(path: Path, device: str) -> dict[str, dict[str, Any]]:
     """Experiment -> what the config says of its heads and dtype; nothing where there is no such file."""
-    if not path.is_file():
-        return {}
-    import yaml
-
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return config.fields_of_duels({"seed": 0, "experiments": {}} | found, device)
+    return config.fields_of_duels(_config(path), device) if path.is_file() else {}
 
 
 if __name__ == "__main__":

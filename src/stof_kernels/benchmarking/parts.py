@@ -22,6 +22,8 @@ from .measurement import Measurement, read_rows, write_rows
 from .records import provenance_of, read_provenance, staleness
 from .runner import cells_of, run_job, same_run, write_json
 
+_REMARKS = ("left_out", "note", "remark")  # what a table's provenance may say of its numbers in words
+
 
 class PartError(ValueError):
     """Parts that cannot be measured or put together. The message is one line: which, what is wrong, what is allowed."""
@@ -68,12 +70,12 @@ def merge(folder: Path, config: Mapping[str, Any], results: Path, keep: bool = F
     code than today's, and for what does not belong together: another machine, other versions or other settings. Nothing is
     written then.
     """
-    groups: dict[tuple[str, str, str], list[Path]] = {}
+    groups: dict[tuple[str, str, str], dict[Path, dict[str, Any]]] = {}
     for csv in sorted(folder.rglob("*.csv")):
         origin = read_provenance(csv)
         if len(origin.get("cells", ())) != 1:
             raise PartError(f"{csv}: its provenance names no cell, allowed: parts, as measure writes them")
-        groups.setdefault((origin["gpu"], origin["experiment"], origin["method"]), []).append(csv)
+        groups.setdefault((origin["gpu"], origin["experiment"], origin["method"]), {})[csv] = origin
     if not groups:
         raise PartError(f"{folder}: holds no parts, allowed: a folder that measure wrote")
     whole = {}
@@ -98,35 +100,34 @@ class _Part:
 
 
 def _whole(
-    parts: Sequence[Path], config: Mapping[str, Any], recorded: Path | None
+    parts: dict[Path, dict[str, Any]], config: Mapping[str, Any], recorded: Path | None
 ) -> tuple[list[Measurement], dict[str, Any]]:
-    """Rows in the order of the config's cells, and the provenance of all."""
-    first = read_provenance(parts[0])
+    """Rows in the order of the config's cells, and the provenance of all. ``parts``: tables with their provenance."""
+    where, first = next(iter(parts.items()))
     experiment, method, device = first["experiment"], first["method"], first["machine"]["device"]
     if experiment not in config["experiments"]:
-        raise PartError(f"{parts[0]}: the config has no section for {experiment}, allowed: one of its experiments")
+        raise PartError(f"{where}: the config has no section for {experiment}, allowed: one of its experiments")
     settings = job_settings(config, experiment, device, method)
     cells = cells_of(experiment, method, settings, device)
     keys = [cell.key for cell in cells]
     found: dict[str, _Part] = {}
-    for csv in parts:
-        origin = read_provenance(csv)
+    for csv, origin in parts.items():
         (key,) = origin["cells"]
         if key in found:
             raise PartError(f"{csv}: {key} is in {found[key].csv} too, allowed: one part of a cell")
         if key not in keys:
             raise PartError(f"{csv}: {key} is no cell of the config, allowed: {', '.join(keys)}")
-        found[key] = _Part(csv, read_rows(csv), origin, _run_of(origin) | {"run_ids": [origin["run_id"]]})
+        run = _run_of(origin)
+        # A copy without git measured today's commit: the code is the same.
+        found[key] = _Part(csv, read_rows(csv), origin, run | {"commit": run["commit"] or environment.git_commit()})
     if recorded is not None:
-        found = _recorded(recorded, cells) | found
+        found |= _recorded(recorded, [cell for cell in cells if cell.key not in found])
     for part in {part.csv: part for part in found.values()}.values():
         if staleness(part.csv) is not None:
             raise PartError(f"{part.csv}: measured with other code than today's, allowed: rows of today's code")
         differing = same_run(first | {"settings": settings}, part.origin)
         if differing:
-            raise PartError(
-                f"{part.csv}: another {differing} than in {parts[0]} or the config, allowed: one for a table"
-            )
+            raise PartError(f"{part.csv}: another {differing} than in {where} or the config, allowed: one for a table")
     facts = _provenance({key: found[key] for key in keys if key in found}) | {"settings": settings}
     missing = [key for key in keys if key not in found]
     if missing:
@@ -135,23 +136,27 @@ def _whole(
 
 
 def _recorded(csv: Path, cells: Sequence[Cell]) -> dict[str, _Part]:
-    """A recorded table by its cells."""
+    """These cells of a recorded table. PartError for one whose provenance does not tell the run of a cell."""
     origin, rows = read_provenance(csv), read_rows(csv)
+    remarks = {name: origin[name] for name in _REMARKS if name in origin}
     found = {}
     for cell in cells:
         columns = cell.problem.columns()
         own = [row for row in rows if all(getattr(row, name) == value for name, value in columns.items())]
         if own:
-            runs = [run for run in origin.get("runs", ()) if isinstance(run, dict) and cell.key in run["cells"]]
-            run = runs[0] if runs else _run_of(origin) | {"run_ids": [origin["run_id"]]}
-            found[cell.key] = _Part(csv, own, origin, {name: run[name] for name in run if name != "cells"})
+            runs = origin["runs"] if "runs" in origin else [{**_run_of(origin), "cells": [cell.key]}]
+            run = next((run for run in runs if isinstance(run, dict) and cell.key in run["cells"]), None)
+            if run is None:
+                raise PartError(
+                    f"{csv}: does not say which run {cell.key} is of, allowed: tables that do, or no --keep"
+                )
+            found[cell.key] = _Part(csv, own, origin, remarks | {name: run[name] for name in run if name != "cells"})
     return found
 
 
 def _run_of(origin: dict[str, Any]) -> dict[str, Any]:
-    """What a table lists of one of its runs. What a copy without git measured is of today's commit, whose code it is."""
-    about = {name: origin[name] for name in ("date", "commit", "protocol")}
-    return about | {"commit": about["commit"] or environment.git_commit()}
+    """What a table lists of the one run that made it, less its cells."""
+    return {name: origin[name] for name in ("date", "commit", "protocol")} | {"run_ids": [origin["run_id"]]}
 
 
 def _provenance(parts: dict[str, _Part]) -> dict[str, Any]:
